@@ -1,0 +1,47 @@
+"""sra2_fast: SiT diffusion transformers trained with SRA 2, as fast as the hardware allows.
+
+Importing this package imports nothing else: the names below load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib as _importlib
+import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):  # a checkout: sra2_fast.kernels is the folder beside us
+    __path__.append(_os.path.dirname(__path__[0]))
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SiT": "model",
+    "SiT_models": "model",
+    "SRA2Loss": "objective",
+    "LossOutput": "objective",
+    "status": "backends",
+    "sample_ode": "sample",
+    "sample_sde": "sample",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if _TYPE_CHECKING:
+    from .backends import status
+    from .model import SiT, SiT_models
+    from .objective import LossOutput, SRA2Loss
+    from .sample import sample_ode, sample_sde
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in ("ops", "optim", "compat", "kernels", "data"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
