@@ -1,0 +1,126 @@
+"""Training batches: what step s sees is a function of (seed, s) and the data, of nothing else.
+
+Step s of a run takes the global positions s * B .. (s + 1) * B - 1 of the endless shuffle; B is the global batch, and
+rank r of W takes the r-th of W equal runs of it. A DataLoader hands out whole steps, so neither the number of workers nor
+that of processes changes a number, and a run resumes at any step without replay.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import InputError, must_be
+from ..randomness import Stream, normal, uniform
+from .shuffle import EndlessShuffle
+from .source import LatentSource
+
+
+class Batch(NamedTuple):
+    """One rank's share of a step, on the CPU; every uniform is in the open interval (0, 1)."""
+
+    latents: torch.Tensor  # (B, C, H, W) float32, normalised z
+    labels: torch.Tensor  # (B,) int64
+    noise: torch.Tensor  # (B, C, H, W) float32
+    time_uniform: torch.Tensor  # (B,) float32
+    label_uniform: torch.Tensor  # (B,) float32; drop the label where it is < class_dropout_prob
+    teacher_uniform: torch.Tensor  # (B,) float32
+
+
+class _Steps(Dataset):
+    """Item s is the batch of step s. An InputError is returned, not raised: torch would wrap it in a traceback."""
+
+    def __init__(self, source: LatentSource, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        share = batch_size // world_size
+        self.in_batch = np.arange(rank * share, (rank + 1) * share)
+        self.shuffle = EndlessShuffle(source.num_samples, seed, source.block_size)
+        self.announced = range(0)
+
+    def __getitem__(self, step: int) -> Batch | InputError:
+        try:
+            return self.batch(step)
+        except InputError as error:
+            return error
+
+    def batch(self, step: int) -> Batch:
+        source, in_batch = self.source, self.in_batch
+        first = step * self.batch_size + int(in_batch[0])
+        self._announce(first)
+        indices = self.shuffle.take(first, len(in_batch))
+        values, labels = source.read(indices)
+        source.check_finite(values, indices)
+        eps = normal(Stream.POSTERIOR, self.seed, step, in_batch, source.shape) if source.has_posterior else None
+        arrays = (
+            source.latents(values, eps),
+            labels,
+            normal(Stream.NOISE, self.seed, step, in_batch, source.shape),
+            uniform(Stream.TIME, self.seed, step, in_batch),
+            uniform(Stream.LABEL, self.seed, step, in_batch),
+            uniform(Stream.TEACHER, self.seed, step, in_batch),
+        )
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+    def _announce(self, position: int) -> None:
+        if self.source.block_size is None or position in self.announced:
+            return
+        end, samples = self.shuffle.window(position)
+        self.announced = range(position, end)
+        self.source.will_need(samples)
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader of Batch whose InputErrors arrive as they were raised, also from a worker process."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def make_loader(
+    source: LatentSource,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """The batches of steps start_step .. start_step + num_steps - 1, in order.
+
+    batch_size: the global batch; each rank gets batch_size / world_size samples of it.
+    num_workers: processes that read ahead; 0 reads in this one. Changes no number.
+    Raises InputError for a batch size that world_size does not divide; iteration raises it for bad data, naming it.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise must_be("data", "batch_size", f"a positive multiple of the {world_size} processes", batch_size)
+    if num_workers < 0:
+        raise must_be("data", "num_workers", "0 or more", num_workers)
+    return BatchLoader(
+        _Steps(source, batch_size, seed, rank, world_size),
+        batch_size=None,
+        sampler=range(start_step, start_step + num_steps),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_trainer,
+        # DataLoader seeds its workers from a generator: ours, so that torch's global one is left as it was.
+        generator=torch.Generator().manual_seed(0),
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the trainer still wants its batches while it saves and leaves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
