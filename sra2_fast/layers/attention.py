@@ -1,0 +1,44 @@
+"""Multi-head self-attention with the projections and keys of the public models.
+
+The inner product is flash-attn's where that is installed and fits (CUDA, bf16), else `scaled_dot_product_attention`,
+which picks its own flash, cuDNN or efficient kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..backends import has_flash_attn
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v over N tokens, H heads (arXiv 1706.03762, Eq. 1).
+
+    qk_norm: layer-normalise q and k per head, with weights, eps 1e-5 (arXiv 2302.05442).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, N, D) -> (B, N, D)."""
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).unbind(2)  # each (B, N, H, head_dim)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if v.is_cuda and v.dtype == torch.bfloat16 and has_flash_attn():
+            from flash_attn import flash_attn_func
+
+            out = flash_attn_func(q.to(v.dtype), k.to(v.dtype), v)
+        else:
+            # qk_norm leaves q and k in float32 under autocast; v has the type the product should run in.
+            q, k, v = (m.to(v.dtype).transpose(1, 2) for m in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(out.reshape(b, n, d))

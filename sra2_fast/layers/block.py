@@ -1,0 +1,121 @@
+"""The adaLN-Zero block of SiT and its output layer, shaped so that normalisation never costs a pass of its own.
+
+Between two branches the residual stream is in one of two forms. Closed, it is the tensor x. Open, it is an `Edge`: x
+with the last branch and its gate still to be added, so that the next normalisation can add, normalise and modulate in
+one pass (`gated_residual_layer_norm_modulate`), across block edges too. A block returns the form it was given:
+`block(x, c)` is the plain public contract, for hooks, checkpointing and wrapping.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops import gated_residual_layer_norm_modulate as _gated_op
+from ..ops import layer_norm_modulate as _norm_op
+from ..ops.gated_residual_layer_norm_modulate import eager as _gated_eager
+from ..ops.layer_norm_modulate import eager as _norm_eager
+from .attention import Attention
+
+EPS = 1e-6
+
+
+class Edge(NamedTuple):
+    """An open residual stream: x + gate * branch, not yet added. branch and gate None: nothing pending."""
+
+    x: torch.Tensor  # (B, N, D)
+    branch: torch.Tensor | None = None  # (B, N, D)
+    gate: torch.Tensor | None = None  # (B, D)
+
+    def close(self) -> torch.Tensor:
+        """The residual stream with the pending branch added."""
+        if self.branch is None or self.gate is None:
+            return self.x
+        return self.x + self.gate.unsqueeze(1) * self.branch
+
+
+class AdaLayerNorm(nn.Module):
+    """LN(x)(1 + scale) + shift on a stream of either form. No parameters; it only picks the implementation."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        fused = implementation == "fused"
+        self._norm = _norm_op if fused else _norm_eager
+        self._gated = _gated_op if fused else _gated_eager
+
+    def forward(
+        self, stream: torch.Tensor | Edge, shift: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (x, y): the closed stream and its modulated norm. shift, scale: (B, D)."""
+        if not isinstance(stream, Edge):
+            return stream, self._norm(stream, shift, scale, EPS)
+        if stream.branch is None or stream.gate is None:
+            return stream.x, self._norm(stream.x, shift, scale, EPS)
+        return self._gated(stream.x, stream.branch, stream.gate, shift, scale, EPS)
+
+
+class Mlp(nn.Module):
+    """D -> mlp_ratio D -> D with tanh-GELU."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SiTBlock(nn.Module):
+    """x + gate_msa Attention(adaLN(x)), then x + gate_mlp Mlp(adaLN(x)) (arXiv 2212.09748, Sec. 3.2, adaLN-Zero)."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool, implementation: str
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.norm = AdaLayerNorm(implementation)
+
+    def forward(
+        self, stream: torch.Tensor | Edge, c: torch.Tensor | None, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor | Edge:
+        """One block on a stream of either form.
+
+        stream: (B, N, D), or an Edge of such tensors.
+        c: (B, D) - conditioning; may be None when modulation is given.
+        modulation: (B, 6D) - shift, scale, gate of the attention, then of the MLP: this block's slice of a product
+            that was computed for all blocks at once. None computes it from c.
+        Returns the stream in the form it came.
+        """
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x, y = self.norm(stream, shift_msa, scale_msa)
+        x, y = self.norm(Edge(x, self.attn(y), gate_msa), shift_mlp, scale_mlp)
+        out = Edge(x, self.mlp(y), gate_mlp)
+        return out if isinstance(stream, Edge) else out.close()
+
+
+class FinalLayer(nn.Module):
+    """adaLN and one linear map to the P elements of each token's patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, implementation: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.norm = AdaLayerNorm(implementation)
+
+    def forward(
+        self, stream: torch.Tensor | Edge, c: torch.Tensor | None, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """stream, c as in `SiTBlock`; modulation: (B, 2D) - shift, scale. Returns (B, N, P)."""
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift, scale = modulation.chunk(2, dim=-1)
+        _, y = self.norm(stream, shift, scale)
+        return self.linear(y)

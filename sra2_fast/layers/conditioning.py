@@ -1,0 +1,53 @@
+"""What a block is conditioned on: c = embedding of the time + embedding of the label (arXiv 2212.09748, Sec. 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+FREQUENCIES = 256
+MAX_PERIOD = 10000
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (B,) -> (B, D): 256 features, cosines then sines, through a two-layer SiLU MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    @staticmethod
+    def features(t: torch.Tensor) -> torch.Tensor:
+        """[cos(t w), sin(t w)] in float32, (B, 256), with w_k = 10000^(-k / 128)."""
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Label (B,) -> (B, D); with dropout_prob > 0 one more row, number num_classes, means "no label"."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def drop(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Replace labels by the null label: where force_drop_ids says so, else (training) by chance."""
+        if force_drop_ids is not None:
+            dropped = force_drop_ids.bool()
+        elif self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        else:
+            return labels
+        return torch.where(dropped, self.num_classes, labels)
+
+    def forward(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return self.embedding_table(self.drop(labels, force_drop_ids))

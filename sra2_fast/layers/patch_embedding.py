@@ -1,0 +1,32 @@
+"""Latent image to tokens, and where each token sits: the input side of SiT (arXiv 2212.09748, Sec. 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping p x p patches through one linear map, stored as a convolution (key `proj`)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, N, D), tokens row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def sincos_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine table (grid_size^2, D) float32: the column's half first, then the row's.
+
+    Each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-k / (D / 4)); computed in float64.
+    """
+    quarter = hidden_size // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, D / 2)
+    columns = table.repeat(grid_size, 1)
+    rows = table.repeat_interleave(grid_size, dim=0)
+    return torch.cat([columns, rows], dim=1).float()

@@ -1,0 +1,17 @@
+"""The head that SRA 2 trains and then throws away: tokens of an early block -> what they are aligned with."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def build_projector(hidden_size: int, projector_dim: int, projection_dim: int, num_layers: int) -> nn.Sequential:
+    """num_layers Linears D -> projector_dim -> ... -> projection_dim with SiLU between (keys 0, 2, 4, ...).
+
+    Five layers of width 2D are SRA 2's (arXiv 2601.17830), three of 2048 REPA's, two of 2D SRA's.
+    """
+    widths = [hidden_size, *[projector_dim] * (num_layers - 1), projection_dim]
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(width_in, width_out), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
