@@ -73,5 +73,8 @@ def eager(
 
 def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
+    weight: Tensor | float = (1.0 - ema_decay) * is_finite
+    if is_finite.device.type == "cpu":
+        weight = float(weight)  # a tensor weight is broadcast element by element there
     for ema, param in zip(emas, params, strict=True):
-        ema.lerp_(param, ((1.0 - ema_decay) * is_finite).to(ema.dtype))
+        ema.lerp_(param, weight if isinstance(weight, float) else weight.to(ema.dtype))
