@@ -44,7 +44,8 @@ def relative_error(
     if difference.dim() == 0:
         difference, scale = difference[None], scale[None]
     whole = _ratio(difference.norm(), scale.norm())
-    rows = _ratio(difference.flatten(0, -2).norm(dim=-1), scale.flatten(0, -2).norm(dim=-1))
+    row = difference.shape[-1]
+    rows = _ratio(difference.reshape(-1, row).norm(dim=-1), scale.reshape(-1, row).norm(dim=-1))
     return float(whole), float(rows.max())
 
 
