@@ -6,6 +6,8 @@ objective can be computed inside `forward` (`loss_inputs`), because DDP and FSDP
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -140,20 +142,18 @@ class SiT(nn.Module):
         """Reference initialisation: xavier-uniform Linears, N(0, 0.02) embeddings, zero adaLN and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                _init_linear(module, nn.init.xavier_uniform_)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(self.hidden_size, -1))
         nn.init.zeros_(patches.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        for module in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]]:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name, module in self.named_modules():
+            if name in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
+                _init_linear(module, partial(nn.init.normal_, std=0.02))
+            elif name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
+                _init_linear(module, nn.init.zeros_)
 
     def forward(
         self,
@@ -176,13 +176,40 @@ class SiT(nn.Module):
         loss_inputs: what `SRA2Loss` passes; then its LossOutput is returned instead.
         Raises InputError (TypeError for a dtype) naming the argument.
         """
-        check_inputs(self, x, t, y)
         wants_hidden = return_projection or (loss_inputs is not None and loss_inputs.needs_hidden)
         if wants_hidden and self.projector is None:
             raise InputError("SiT: there is no projector; build the model with align_depth=")
         if return_hidden is not None and not 1 <= return_hidden <= self.depth:
             raise must_be("SiT", "return_hidden", f"a block from 1 to {self.depth}", return_hidden)
 
+        tap = return_hidden or (self.align_depth if wants_hidden else None)
+        velocity_tokens, hidden = self.run_blocks(x, t, y, force_drop_ids, tap, stop=return_hidden is not None)
+        if velocity_tokens is None:
+            return hidden
+        if loss_inputs is not None:
+            return loss_inputs.evaluate(velocity_tokens, hidden, self.projector, self.patch_size, self.implementation)
+        velocity = unpatchify(velocity_tokens, self.patch_size, *x.shape[2:])
+        if return_projection:
+            assert self.projector is not None and hidden is not None
+            return velocity, self.projector(hidden)
+        return velocity
+
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        force_drop_ids: torch.Tensor | None = None,
+        tap: int | None = None,
+        *,
+        stop: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Everything `forward` and the models of `compat` have in common.
+
+        tap: also return the tokens after this block; stop: run nothing after it.
+        Returns (velocity tokens (B, N, P) or None after a stop, tapped tokens (B, N, D) or None).
+        """
+        check_inputs(self, x, t, y)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
         hidden = None
@@ -192,20 +219,12 @@ class SiT(nn.Module):
                 stream = checkpoint(block, stream, c, use_reentrant=False)
             else:
                 stream = block(stream, c)
-            if number == return_hidden:
-                return _closed(stream)
-            if number == self.align_depth and wants_hidden:
+            if number == tap:
                 hidden = _closed(stream)
+                if stop:
+                    return None, hidden
                 stream = hidden if self.checkpoint_blocks else Edge(hidden)
-        velocity_tokens = self._velocity_half(self.final_layer(stream, c))
-
-        if loss_inputs is not None:
-            return loss_inputs.evaluate(velocity_tokens, hidden, self.projector, self.patch_size, self.implementation)
-        velocity = unpatchify(velocity_tokens, self.patch_size, *x.shape[2:])
-        if return_projection:
-            assert self.projector is not None and hidden is not None
-            return velocity, self.projector(hidden)
-        return velocity
+        return self._velocity_half(self.final_layer(stream, c)), hidden
 
     def _velocity_half(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, N, p p 2C) -> (B, N, p p C): leave out the sigma channels of a learn_sigma model."""
@@ -231,6 +250,12 @@ class SiT(nn.Module):
         with_label, without = guided.chunk(2)
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def _init_linear(linear: nn.Module, init_weight: Callable[[torch.Tensor], Any]) -> None:
+    assert isinstance(linear, nn.Linear)
+    init_weight(linear.weight)
+    nn.init.zeros_(linear.bias)
 
 
 def _closed(stream: torch.Tensor | Edge) -> torch.Tensor:
