@@ -147,6 +147,7 @@ class SiT(nn.Module):
             self.pos_embed.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(self.hidden_size, -1))
+        assert patches.bias is not None
         nn.init.zeros_(patches.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, module in self.named_modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -12,6 +14,6 @@ def build_projector(hidden_size: int, projector_dim: int, projection_dim: int, n
     """
     widths = [hidden_size, *[projector_dim] * (num_layers - 1), projection_dim]
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths, widths[1:], strict=False):
+    for width_in, width_out in pairwise(widths):
         layers += [nn.Linear(width_in, width_out), nn.SiLU()]
     return nn.Sequential(*layers[:-1])

@@ -6,6 +6,8 @@ inside the model's forward, through `Terms`. Nothing here looks at a tensor's va
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -133,7 +135,7 @@ class SRA2Loss:
     def _teacher_tokens(
         self,
         teacher: nn.Module,
-        sit: nn.Module,
+        sit: Any,
         latents: torch.Tensor,
         labels: torch.Tensor,
         t: torch.Tensor,
@@ -170,17 +172,18 @@ class SRA2Loss:
                 raise must_be("SRA2Loss", name, tuple(shape), tuple(value.shape))
         if self.align is None:
             return
-        for name, value, target in (("features", features, "features"), ("teacher", teacher, "teacher")):
-            if value is None and self.target == target:
-                raise InputError(f"SRA2Loss: target={target!r} needs {name}= at every call")
-            if value is not None and self.target != target:
-                raise InputError(f"SRA2Loss: {name}= is only for target={target!r}, this loss has {self.target!r}")
+        for name, given in (("features", features is not None), ("teacher", teacher is not None)):
+            if self.target == name and not given:
+                raise InputError(f"SRA2Loss: target={name!r} needs {name}= at every call")
+            if self.target != name and given:
+                raise InputError(f"SRA2Loss: {name}= is only for target={name!r}, this loss has {self.target!r}")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The SiT inside DDP (`module`) and torch.compile (`_orig_mod`)."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None:
-            return model
-        model = inner
+    inner = model
+    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
+        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
+    if not hasattr(inner, "class_dropout_prob"):
+        raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", type(inner).__name__)
+    return inner

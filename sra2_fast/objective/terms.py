@@ -83,6 +83,7 @@ class Terms:
         implementation: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         last = projector[-1]
+        assert isinstance(last, nn.Linear) and self.align is not None
         if last.out_features != velocity_tokens.shape[-1]:
             expected = f"patch_size^2 C = {velocity_tokens.shape[-1]} for target='vae'"
             raise must_be("SRA2Loss", "the model's projection_dim", expected, last.out_features)
