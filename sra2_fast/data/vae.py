@@ -1,0 +1,163 @@
+"""The frozen autoencoder: loading diffusers' AutoencoderKL, its normalisation, and encoding to [mean, std].
+
+diffusers is imported only here, and only when an autoencoder is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import InputError
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+LOGVAR_RANGE = (-30.0, 20.0)  # as AutoencoderKL clamps it, so that std stays finite
+
+
+@dataclass(frozen=True)
+class VaeNormalisation:
+    """What an AutoencoderKL's configuration says about its latents; z = (value - shift) * scale per channel.
+
+    Stable Diffusion has only a scaling factor (0.18215); SD3 and FLUX subtract a shift factor first; some record a mean and a
+    standard deviation per channel instead.
+    """
+
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: list[float] | None
+    latents_std: list[float] | None
+    channels: int
+
+    @property
+    def shift(self) -> np.ndarray:
+        """(C,) float32."""
+        if self.latents_mean is not None:
+            return np.asarray(self.latents_mean, dtype=np.float32)
+        return np.full(self.channels, self.shift_factor or 0.0, dtype=np.float32)
+
+    @property
+    def scale(self) -> np.ndarray:
+        """(C,) float32."""
+        scale = np.full(self.channels, self.scaling_factor, dtype=np.float32)
+        return scale if self.latents_std is None else scale / np.asarray(self.latents_std, dtype=np.float32)
+
+
+def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module:
+    """diffusers' AutoencoderKL of a local folder or a hub name, frozen, float32, in eval mode, on `device`.
+
+    A whole pipeline (with its autoencoder in the subfolder `vae`) is accepted too.
+    Raises InputError: diffusers missing, nothing there, or the hub out of reach.
+    """
+    try:
+        with _quiet("diffusers"):
+            from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise InputError(f"vae: {name_or_path} needs diffusers; pip install diffusers") from error
+    path = Path(name_or_path)
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith(".")):
+        raise InputError(f"vae: {name_or_path} does not exist; give a folder with an AutoencoderKL, or a hub name")
+    subfolders = [None, "vae"]
+    if path.exists():
+        subfolders = ["vae" if (path / "vae" / "config.json").is_file() else None]
+    try:
+        with _quiet("diffusers"), _quiet("huggingface_hub"):
+            vae = _from_pretrained(AutoencoderKL, name_or_path, subfolders)
+    except LOAD_ERRORS as error:
+        raise InputError(_why_not(name_or_path, error)) from error
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def normalisation(vae: nn.Module) -> VaeNormalisation:
+    """Read from the autoencoder's configuration."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    return VaeNormalisation(
+        scaling_factor=float(config["scaling_factor"]),
+        shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
+        latents_mean=None if mean is None else [float(value) for value in np.ravel(mean)],
+        latents_std=None if std is None else [float(value) for value in np.ravel(std)],
+        channels=int(config["latent_channels"]),
+    )
+
+
+def downsample_factor(vae: nn.Module) -> int:
+    """Image pixels along a side of one latent pixel: 2 for every level of the encoder but the last."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: torch.Tensor, precision: str = "fp32") -> np.ndarray:
+    """images: (n, 3, H, W) uint8 -> moments (n, 2C, h, w) float32 = [mean, std], not normalised.
+
+    precision: "fp32", or "bf16": the convolutions in bf16 under autocast; the moments are always split in float32.
+    """
+    device = next(vae.parameters()).device
+    pixels = images.to(device).float() / 127.5 - 1
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        parameters = vae.encode(pixels).latent_dist.parameters
+    mean, logvar = parameters.float().chunk(2, dim=1)
+    std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+    return torch.cat([mean, std], dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def decode(vae: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """values: (n, C, h, w) float32, not normalised -> images (n, 3, H, W) uint8, on the CPU."""
+    device = next(vae.parameters()).device
+    pixels = vae.decode(values.to(device)).sample
+    return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
+
+
+def _from_pretrained(autoencoder: type, name_or_path: str, subfolders: list[str | None]) -> nn.Module:
+    """The first of `subfolders` that holds an autoencoder; the others are not tried when the hub cannot be reached."""
+    for subfolder in subfolders[:-1]:
+        try:
+            return autoencoder.from_pretrained(name_or_path, subfolder=subfolder)
+        except LOAD_ERRORS as error:
+            if _is_out_of_reach(error) or "config.json" not in str(error):
+                raise
+    return autoencoder.from_pretrained(name_or_path, subfolder=subfolders[-1])
+
+
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """huggingface_hub says "not in the cache either" (LocalEntryNotFoundError) for every failure of the network."""
+    while error is not None:
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _why_not(name_or_path: str, error: Exception) -> str:
+    if Path(name_or_path).exists():
+        return f"vae: {name_or_path} holds no AutoencoderKL that can be loaded ({_first_line(error)})"
+    if _is_out_of_reach(error):
+        return (
+            f"vae: {name_or_path} is no local folder, and the Hugging Face hub cannot be reached; "
+            "check the network, or give the path of a downloaded copy"
+        )
+    return f"vae: {name_or_path} cannot be loaded from the Hugging Face hub ({_first_line(error)}); check the name"
+
+
+def _first_line(error: Exception, longest: int = 160) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Loading warns of matters that are not the user's (absent accelerate, unused configuration entries)."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
