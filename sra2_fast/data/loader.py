@@ -1,8 +1,8 @@
 """Training batches: what step s sees is a function of (seed, s) and the data, of nothing else.
 
 Step s of a run takes the global positions s * B .. (s + 1) * B - 1 of the endless shuffle; B is the global batch, and
-rank r of W takes the r-th of W equal runs of it. A DataLoader hands out whole steps, so neither the number of workers nor
-that of processes changes a number, and a run resumes at any step without replay.
+rank r of W takes the r-th of W equal runs of it. A DataLoader hands out whole steps, so neither the number of workers
+nor that of processes changes a number, and a run resumes at any step without replay.
 """
 
 from __future__ import annotations

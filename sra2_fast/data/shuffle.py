@@ -1,8 +1,8 @@
 """The endless shuffle: which sample stands at global position p, as a function of (seed, p) alone.
 
-Epoch e is a permutation keyed by (seed, e); position p is entry p mod n of epoch p div n. With `block_size`, samples that
-lie together on disk stay near each other: the blocks are shuffled, then the samples within windows of WINDOW_BLOCKS blocks,
-so that reads touch one window at a time and each of its blocks is read once, in full.
+Epoch e is a permutation keyed by (seed, e); position p is entry p mod n of epoch p div n. With `block_size`, samples
+that lie together on disk stay near each other: the blocks are shuffled, then the samples within windows of WINDOW_BLOCKS
+blocks, so that reads touch one window at a time and each of its blocks is read once, in full.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class DecodeInfo:
 
 
 class LatentSource(ABC):
-    """A training set. Subclasses set the attributes below and implement `read` (and `describe`, where files have names).
+    """A training set. Subclasses set the attributes below and implement `read`, and `describe` where files have names.
 
     name: str - for messages and config.json.
     num_samples, num_classes: int.
@@ -53,13 +53,13 @@ class LatentSource(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """indices: (n,) int64 -> values (n, 2C or C, H, W) float32, labels (n,) int64. Raises InputError, naming files."""
+        """indices: (n,) int64 -> values (n, 2C or C, H, W) float32, labels (n,) int64. Raises InputError naming files."""
 
     def describe(self, index: int) -> str:
         """Where sample `index` lies, in words a user can act on."""
         return f"sample {index} of {self.name}"
 
-    def will_need(self, indices: np.ndarray) -> None:
+    def will_need(self, indices: np.ndarray) -> None:  # noqa: B027 - most sources have nothing to do here
         """A hint that these samples are read soon; called once for every window of the block shuffle."""
 
     def latents(self, values: np.ndarray, eps: np.ndarray | None = None) -> np.ndarray:

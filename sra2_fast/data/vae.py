@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as AutoencoderKL clamps it, so that std stays fi
 class VaeNormalisation:
     """What an AutoencoderKL's configuration says about its latents; z = (value - shift) * scale per channel.
 
-    Stable Diffusion has only a scaling factor (0.18215); SD3 and FLUX subtract a shift factor first; some record a mean and a
-    standard deviation per channel instead.
+    Stable Diffusion has only a scaling factor (0.18215); SD3 and FLUX subtract a shift factor first; some record a mean
+    and a standard deviation per channel instead.
     """
 
     scaling_factor: float
@@ -156,8 +157,10 @@ def _quiet(name: str) -> Iterator[None]:
     """Loading warns of matters that are not the user's (absent accelerate, unused configuration entries)."""
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
