@@ -1,7 +1,8 @@
 """scikit-learn's handwritten digits as latents: 1,797 real 8x8 scans, 10 classes, no download.
 
 The set (E. Alpaydin, C. Kaynak, UCI "Optical Recognition of Handwritten Digits") is small enough to train on with a CPU
-in minutes and real enough to show that training works. Grey levels 0..16 become z in [-1, 1]; one channel, no posterior.
+in minutes and real enough to show that training works. Grey levels 0..16 become z in [-1, 1]; one channel,
+no posterior.
 """
 
 from __future__ import annotations

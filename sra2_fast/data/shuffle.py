@@ -1,7 +1,7 @@
 """The endless shuffle: which sample stands at global position p, as a function of (seed, p) alone.
 
 Epoch e is a permutation keyed by (seed, e); position p is entry p mod n of epoch p div n. With `block_size`, samples
-that lie together on disk stay near each other: the blocks are shuffled, then the samples within windows of WINDOW_BLOCKS
+that lie together on disk stay near each other: the blocks are shuffled, then the samples within windows of a few
 blocks, so that reads touch one window at a time and each of its blocks is read once, in full.
 """
 

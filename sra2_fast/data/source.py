@@ -53,7 +53,7 @@ class LatentSource(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """indices: (n,) int64 -> values (n, 2C or C, H, W) float32, labels (n,) int64. Raises InputError naming files."""
+        """indices: (n,) int64 -> values (n, 2C or C, H, W) float32, labels (n,) int64. Errors name the file."""
 
     def describe(self, index: int) -> str:
         """Where sample `index` lies, in words a user can act on."""
