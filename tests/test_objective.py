@@ -66,7 +66,7 @@ def alignment_by_hand(kind: str, p: torch.Tensor, target: torch.Tensor, beta: fl
 
 
 def patches_by_hand(image: torch.Tensor, p: int) -> torch.Tensor:
-    b, c, h, w = image.shape
+    _, c, h, w = image.shape
     tokens = []
     for row in range(0, h, p):
         for column in range(0, w, p):

@@ -71,9 +71,7 @@ def check_inputs(model: Any, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) 
     size = model.input_size
     if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
         raise must_be("SiT", "x", f"(B, {model.in_channels}, {size}, {size})", tuple(x.shape))
-    if x.dtype == torch.float16 or (
-        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16
-    ):
+    if torch.float16 in (x.dtype, autocast_dtype(x.device.type)):
         raise must_have_type("SiT", "x", "float32 or bfloat16 (float16 is not supported)", "float16")
     if not x.is_floating_point():
         raise must_have_type("SiT", "x", "float32 or bfloat16", x.dtype)
@@ -88,3 +86,10 @@ def check_inputs(model: Any, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) 
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= rows:
             raise must_be("SiT", "y", f"labels from 0 to {rows - 1}", low if low < 0 else high)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type autocast computes in on this kind of device; None where it is off or unknown."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
