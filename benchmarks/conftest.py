@@ -9,26 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent),
-    str(Path(__file__).resolve().parents[1]),
-]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from op_bench import Comparison, OpCase, compare_variants
+from op_bench import Comparison, OpCase, compare_variants  # noqa: E402  (found on the path set just above)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sra2_fast benchmarks")
     group.addoption("--bench-device", default="cpu", help="cpu or cuda")
-    group.addoption(
-        "--bench-json", default=None, help="append one JSON line a variant to this file"
-    )
-    group.addoption(
-        "--bench-seconds",
-        default=3.0,
-        type=float,
-        help="time for the counted rounds of one comparison",
-    )
+    group.addoption("--bench-json", default=None, help="append one JSON line a variant to this file")
+    group.addoption("--bench-seconds", default=3.0, type=float, help="time for the counted rounds of one comparison")
 
 
 @pytest.fixture
@@ -52,9 +42,7 @@ def compare(
     The variant `fused` (or the first) is then given to pytest-benchmark, so that its own options work on it.
     """
 
-    def run(
-        case: OpCase, variants: Mapping[str, Callable[[], object]], **options: object
-    ) -> Comparison:
+    def run(case: OpCase, variants: Mapping[str, Callable[[], object]], **options: object) -> Comparison:
         options = {
             "device": bench_device,
             "max_seconds": request.config.getoption("--bench-seconds"),
@@ -73,13 +61,7 @@ def compare(
 
         benchmark.pedantic(call, rounds=5, warmup_rounds=1)  # type: ignore[attr-defined]
         benchmark.extra_info.update(  # type: ignore[attr-defined]
-            {
-                "variant": measured,
-                **{
-                    name: timing.quantiles()
-                    for name, timing in compared.timings.items()
-                },
-            }
+            {"variant": measured, **{name: timing.quantiles() for name, timing in compared.timings.items()}}
         )
         return compared
 

@@ -81,13 +81,9 @@ class Comparison:
                     "direction": self.case.direction,
                     **timing.quantiles(),
                     "gb_per_s": self.case.bytes_moved / timing.ms_median * 1e-6,
-                    "tflop_per_s": self.case.flops / timing.ms_median * 1e-9
-                    if self.case.flops
-                    else None,
+                    "tflop_per_s": self.case.flops / timing.ms_median * 1e-9 if self.case.flops else None,
                     "copy_share": self.copy_share(name),
-                    "speedup_over_eager": self.speedup(name, "eager")
-                    if "eager" in self.timings
-                    else None,
+                    "speedup_over_eager": self.speedup(name, "eager") if "eager" in self.timings else None,
                     "peak_memory_bytes": self.peak_bytes.get(name),
                     "bytes_moved": self.case.bytes_moved,
                     "cuda_graph": self.was_graphed,
@@ -107,16 +103,8 @@ class Comparison:
             f"  {'variant':<14}{'ms':>9}{'20 %':>9}{'80 %':>9}{'vs eager':>10}{'of copy':>9}{'peak MiB':>10}",
         ]
         for name, timing in self.timings.items():
-            versus = (
-                f"{self.speedup(name, 'eager'):.2f}x"
-                if "eager" in self.timings
-                else "-"
-            )
-            peak = (
-                f"{self.peak_bytes[name] / 2**20:.2f}"
-                if name in self.peak_bytes
-                else "-"
-            )
+            versus = f"{self.speedup(name, 'eager'):.2f}x" if "eager" in self.timings else "-"
+            peak = f"{self.peak_bytes[name] / 2**20:.2f}" if name in self.peak_bytes else "-"
             lines.append(
                 f"  {name:<14}{timing.ms_median:>9.3f}{timing.ms_p20:>9.3f}{timing.ms_p80:>9.3f}{versus:>10}"
                 f"{100 * self.copy_share(name):>8.0f}%{peak:>10}"
@@ -125,10 +113,7 @@ class Comparison:
 
 
 def passes(
-    function: Callable[..., object],
-    inputs: Sequence[object],
-    output_gradients: Sequence[torch.Tensor],
-    direction: str,
+    function: Callable[..., object], inputs: Sequence[object], output_gradients: Sequence[torch.Tensor], direction: str
 ) -> Callable[[], object]:
     """A call that runs one pass of `function(*inputs)` on tensors that exist already.
 
@@ -136,12 +121,8 @@ def passes(
     and kept. both: forward, then the gradients of all inputs that require one. Returns what the call computed.
     """
     if direction not in DIRECTIONS:
-        raise ValueError(
-            f"passes: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}"
-        )
-    wanted = [
-        one for one in inputs if isinstance(one, torch.Tensor) and one.requires_grad
-    ]
+        raise ValueError(f"passes: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    wanted = [one for one in inputs if isinstance(one, torch.Tensor) and one.requires_grad]
 
     def forward() -> tuple[torch.Tensor, ...]:
         out = function(*inputs)
@@ -160,9 +141,7 @@ def passes(
         torch.cuda.synchronize()
     else:
         outputs = forward()
-    return lambda: torch.autograd.grad(
-        outputs, wanted, output_gradients, retain_graph=True
-    )
+    return lambda: torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True)
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
@@ -179,9 +158,7 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 
 def copy_of(nbytes: int, device: torch.device | str) -> Callable[[], object]:
     """A copy that reads nbytes / 2 and writes nbytes / 2."""
-    source = torch.randint(
-        0, 127, (max(1, nbytes // 2),), dtype=torch.int8, device=device
-    )
+    source = torch.randint(0, 127, (max(1, nbytes // 2),), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -216,17 +193,10 @@ def compare_variants(
     was_graphed = False
     if device.type == "cuda" and use_graphs:
         try:
-            calls, was_graphed = (
-                {name: graphed(call) for name, call in calls.items()},
-                True,
-            )
+            calls, was_graphed = ({name: graphed(call) for name, call in calls.items()}, True)
         except RuntimeError as error:
-            print(
-                f"{case.op}: not captured in a CUDA graph ({str(error).splitlines()[0]}); timed with launches"
-            )
-    timings = interleave(
-        calls, device=device, rounds=rounds, warmup=3, max_seconds=max_seconds
-    )
+            print(f"{case.op}: not captured in a CUDA graph ({str(error).splitlines()[0]}); timed with launches")
+    timings = interleave(calls, device=device, rounds=rounds, warmup=3, max_seconds=max_seconds)
     if check is not None:
         check()
     compared = Comparison(case, timings, peak_bytes, was_graphed)

@@ -12,11 +12,7 @@ from types import ModuleType
 
 import torch
 
-PEER_MODULES = {
-    "apex": "apex.optimizers",
-    "liger": "liger_kernel.ops.layer_norm",
-    "flash-attn": "flash_attn",
-}
+PEER_MODULES = {"apex": "apex.optimizers", "liger": "liger_kernel.ops.layer_norm", "flash-attn": "flash_attn"}
 
 
 def load(name: str) -> ModuleType | None:

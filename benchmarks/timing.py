@@ -54,11 +54,7 @@ class Timing:
 
     def quantiles(self) -> dict[str, float]:
         """The three figures under the names every JSON line uses."""
-        return {
-            "ms_median": self.ms_median,
-            "ms_p20": self.ms_p20,
-            "ms_p80": self.ms_p80,
-        }
+        return {"ms_median": self.ms_median, "ms_p20": self.ms_p20, "ms_p80": self.ms_p80}
 
 
 def quantile(samples: tuple[float, ...] | list[float], q: float) -> float:
@@ -72,10 +68,7 @@ def paired_ratio(timing: Timing, baseline: Timing) -> float:
         raise ValueError(
             f"paired_ratio: timing must have {len(baseline.samples_ms)} samples, got {len(timing.samples_ms)}"
         )
-    return quantile(
-        [a / b for a, b in zip(timing.samples_ms, baseline.samples_ms, strict=True)],
-        0.5,
-    )
+    return quantile([a / b for a, b in zip(timing.samples_ms, baseline.samples_ms, strict=True)], 0.5)
 
 
 def interleave(
@@ -100,9 +93,7 @@ def interleave(
     if not variants or (rounds is not None and rounds < 1) or warmup < 0:
         raise ValueError("interleave: variants, rounds >= 1 and warmup >= 0 are needed")
     if rounds is None and warmup < 1:
-        raise ValueError(
-            "interleave: rounds=None needs warmup >= 1 to measure how many fit"
-        )
+        raise ValueError("interleave: rounds=None needs warmup >= 1 to measure how many fit")
     measure = _cuda_round if device.type == "cuda" else _cpu_round
     flush = l2_flush_buffer(device) if device.type == "cuda" and cold_l2 else None
     was_enabled = gc.isenabled()
@@ -124,9 +115,7 @@ def interleave(
 
 
 def _cpu_round(
-    variants: Mapping[str, Callable[[], object]],
-    flush: None,
-    on_call: Callable[[str], None] | None,
+    variants: Mapping[str, Callable[[], object]], flush: None, on_call: Callable[[str], None] | None
 ) -> dict[str, float]:
     taken = {}
     for name, call in variants.items():
@@ -141,14 +130,9 @@ def _cpu_round(
 
 
 def _cuda_round(
-    variants: Mapping[str, Callable[[], object]],
-    flush: torch.Tensor | None,
-    on_call: Callable[[str], None] | None,
+    variants: Mapping[str, Callable[[], object]], flush: torch.Tensor | None, on_call: Callable[[str], None] | None
 ) -> dict[str, float]:
-    events = {
-        name: [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        for name in variants
-    }
+    events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in variants}
     torch.cuda.synchronize()
     for name, call in variants.items():
         if flush is not None:
@@ -165,12 +149,8 @@ def _cuda_round(
 
 def l2_flush_buffer(device: torch.device) -> torch.Tensor:
     """A buffer of twice the device's L2; zeroing it evicts what a variant left there."""
-    l2_bytes = getattr(
-        torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES_IF_UNKNOWN
-    )
-    return torch.empty(
-        2 * (l2_bytes or L2_BYTES_IF_UNKNOWN), dtype=torch.int8, device=device
-    )
+    l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES_IF_UNKNOWN)
+    return torch.empty(2 * (l2_bytes or L2_BYTES_IF_UNKNOWN), dtype=torch.int8, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -201,9 +181,7 @@ def graphed(call: Callable[[], object], warmup: int = 3) -> Callable[[], object]
     return replay
 
 
-def peak_memory_bytes(
-    call: Callable[[], object], device: torch.device | str = "cpu"
-) -> int:
+def peak_memory_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The most bytes torch's allocator held at once while `call` ran, above what it held at the start.
 
     CUDA: `max_memory_allocated` less the level at entry. CPU: the running sum of the allocator's own profiling events,
@@ -220,10 +198,7 @@ def peak_memory_bytes(
         del result
         return torch.cuda.max_memory_allocated(device) - at_entry
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        _without_profiler_chatter(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as profiled,
-    ):
+    with _without_profiler_chatter(), torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
         result = call()
         del result
     changes = [
@@ -233,9 +208,7 @@ def peak_memory_bytes(
     ]
     if not changes:
         return 0
-    held = np.cumsum(
-        [nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])]
-    )
+    held = np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])])
     return max(0, int(held.max()))
 
 
@@ -266,11 +239,7 @@ def device_name(device: torch.device | str) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
+        found = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = found[0] if found else model
     return f"{model}, {torch.get_num_threads()} threads"
 
@@ -279,30 +248,19 @@ def commit() -> str:
     """The checkout's short commit, `+changes` when tracked files differ from it, `unknown` outside git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + (
-            "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()
 
 
 def versions() -> dict[str, str | None]:
     """Versions of what a figure depends on; None for what is not installed."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "transformers", "numpy"):
         try:
             found[package] = metadata.version(package)

@@ -1,0 +1,60 @@
+"""The two ceilings of a machine, measured: how fast it multiplies matrices and how fast it copies memory.
+
+Shares of a peak are shares of these, measured in the same run, never of a datasheet. Random data, since zeros run
+faster (13 % on an H200 in bf16). `python benchmarks/peak.py [--device cuda]` prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from timing import device_name, interleave
+
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+CUDA_COPY_SHARE = 8  # never take more than an eighth of the free memory for one of the two buffers
+
+
+def product_flop_per_s(
+    device: torch.device | str, dtype: torch.dtype, rounds: int = 9, size: int | None = None
+) -> float:
+    """FLOP/s of a square matrix product in `dtype`, median of `rounds`, two operations a multiply-add.
+
+    In float32 on a GPU the rate is TF32's where `torch.set_float32_matmul_precision` allows it, as in the timed step.
+    """
+    device = torch.device(device)
+    size = size or PRODUCT_SIZE[device.type]
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    timing = interleave({"product": lambda: torch.mm(a, b, out=out)}, device=device, rounds=rounds, warmup=2)["product"]
+    return 2 * size**3 / (timing.ms_median * 1e-3)
+
+
+def copy_bytes_per_s(device: torch.device | str, rounds: int = 9, nbytes: int | None = None) -> float:
+    """Bytes read plus bytes written a second by a large copy within the device's memory, median of `rounds`."""
+    device = torch.device(device)
+    nbytes = nbytes or COPY_BYTES[device.type]
+    if device.type == "cuda":
+        nbytes = min(nbytes, torch.cuda.mem_get_info(device)[0] // CUDA_COPY_SHARE)
+    source = torch.randint(0, 127, (nbytes,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    timing = interleave({"copy": lambda: target.copy_(source)}, device=device, rounds=rounds, warmup=2)["copy"]
+    return 2 * nbytes / (timing.ms_median * 1e-3)
+
+
+def main() -> None:
+    """Print both ceilings of the chosen device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parser.parse_args().device)
+    print(device_name(device))
+    for dtype in (torch.float32, torch.bfloat16):
+        rate = product_flop_per_s(device, dtype)
+        print(f"  {str(dtype).removeprefix('torch.'):<9} matrix product {rate * 1e-12:9.3f} TFLOP/s")
+    print(f"  {'copy':<9} read + written {copy_bytes_per_s(device) * 1e-9:9.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
