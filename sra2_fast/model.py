@@ -246,6 +246,7 @@ class SiT(nn.Module):
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
+        out = out[0] if isinstance(out, tuple) else out  # the models of compat return more
         channels = out.shape[1] if channels is None else channels
         guided, rest = out[:, :channels], out[:, channels:]
         with_label, without = guided.chunk(2)
@@ -263,11 +264,11 @@ def _closed(stream: torch.Tensor | Edge) -> torch.Tensor:
     return stream.close() if isinstance(stream, Edge) else stream
 
 
-_SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}  # depth, hidden, heads
+SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}  # depth, hidden, heads
 
 
 def _registered(size: str, patch_size: int) -> Any:
-    depth, hidden_size, num_heads = _SIZES[size]
+    depth, hidden_size, num_heads = SIZES[size]
 
     def build(**kwargs: Any) -> SiT:
         return SiT(depth=depth, hidden_size=hidden_size, patch_size=patch_size, num_heads=num_heads, **kwargs)
@@ -277,4 +278,4 @@ def _registered(size: str, patch_size: int) -> Any:
     return build
 
 
-SiT_models = {f"SiT-{size}/{patch}": _registered(size, patch) for size in _SIZES for patch in (1, 2, 4, 8)}
+SiT_models = {f"SiT-{size}/{patch}": _registered(size, patch) for size in SIZES for patch in (1, 2, 4, 8)}

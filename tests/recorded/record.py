@@ -11,7 +11,8 @@ Each `NAME.safetensors` holds `state.*` (the reference's state dict: random, not
 which float32 holds exactly), the inputs, the outputs, the fixed output gradients and, as `grad.*`, the gradient of
 every trainable parameter and of `x`, all from the reference itself in float32. Its header holds `config` (the
 reference constructor's arguments) and `keys` (name, shape, trainable; in the order of the reference).
-`reference.json` holds the registries' parameter counts and the statistics of the reference's own initial weights.
+`reference.json` holds the registries' parameter counts, the signatures of constructors and forwards, and the statistics
+of the reference's own initial weights.
 Nothing of those repositories' code is kept here.
 """
 
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -194,6 +198,13 @@ def registry_counts(module: types.ModuleType, **arguments: object) -> dict[str, 
     return counts
 
 
+def signature(function: Callable) -> list[list[object]]:
+    """[[argument, default or None, has a default], ...] without self."""
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    empty = inspect.Parameter.empty
+    return [[a.name, None if a.default is empty else a.default, a.default is not empty] for a in arguments]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for repository in ("sit", "repa", "sra"):
@@ -211,7 +222,7 @@ def main() -> None:
     record_repa(repa, "repa_qk_norm", 5, qk_norm=True, fused_attn=False, encoder_depth=2)
     record_sra(sra, "sra", 6)
 
-    facts = {
+    facts: dict[str, Any] = {
         "registry": {"sit": registry_counts(sit), "repa": registry_counts(repa, qk_norm=False)},
         "init": {
             "config": INIT,
@@ -222,6 +233,10 @@ def main() -> None:
         },
     }
     facts["registry"]["sra"] = registry_counts(sra, qk_norm=False)
+    facts["signature"] = {
+        name: {"init": signature(module.SiT.__init__), "forward": signature(module.SiT.forward)}
+        for name, module in (("sit", sit), ("repa", repa), ("sra", sra))
+    }
     (HERE / "reference.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
