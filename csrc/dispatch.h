@@ -1,0 +1,77 @@
+// Which instruction set, and how work is spread over threads; what every csrc/<op>_cpu.cpp starts from.
+#pragma once
+#include <stdint.h>
+
+#include "sra2_c_api.h"
+
+namespace sra2 {
+
+enum class Isa { base, avx2, avx512 };
+
+Isa cpu_isa();
+
+// A kernel that csrc/<op>_isa.cpp defines once for each instruction set, as `const TABLE SRA2_ISA::NAME`: declares the
+// three and defines `const TABLE& NAME()`, which picks. Use inside namespace sra2.
+#ifdef SRA2_X86_DISPATCH
+#define SRA2_DISPATCH(TABLE, NAME)           \
+  namespace base {                           \
+  extern const TABLE NAME;                   \
+  }                                          \
+  namespace avx2 {                           \
+  extern const TABLE NAME;                   \
+  }                                          \
+  namespace avx512 {                         \
+  extern const TABLE NAME;                   \
+  }                                          \
+  static const TABLE& NAME() {               \
+    switch (cpu_isa()) {                     \
+      case Isa::avx512: return avx512::NAME; \
+      case Isa::avx2: return avx2::NAME;     \
+      default: return base::NAME;            \
+    }                                        \
+  }
+#else
+#define SRA2_DISPATCH(TABLE, NAME) \
+  namespace base {                 \
+  extern const TABLE NAME;         \
+  }                                \
+  static const TABLE& NAME() { return base::NAME; }
+#endif
+
+// f(begin, end) over [0, n) in pieces of at least grain.
+template <class F>
+int32_t parallel_for(sra2_parallel parallel, int64_t n, int64_t grain, const F& f) {
+  auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  void* context = const_cast<F*>(&f);
+  if (n <= 0) return 0;
+  if (parallel) return parallel(0, n, grain < 1 ? 1 : grain, call, context);
+  call(0, n, context);
+  return 0;
+}
+
+// How a sum over the N rows of each of B samples is cut. It depends on the shape alone, never on the number of
+// threads, and pieces are added in order: so every run gives the same bits. At most about 256 pieces: enough for the
+// threads of one socket, few enough that the partial sums stay small beside the rows.
+struct Pieces {
+  int64_t B, N, per_sample;
+  Pieces(int64_t B, int64_t N, int64_t smallest_rows = 32) : B(B), N(N) {
+    int64_t most = (256 + B - 1) / (B > 0 ? B : 1);
+    per_sample = N / smallest_rows;
+    if (per_sample > most) per_sample = most;
+    if (per_sample < 1) per_sample = 1;
+  }
+  int64_t count() const { return B * per_sample; }
+  int64_t sample(int64_t piece) const { return piece / per_sample; }
+  int64_t first_row(int64_t piece) const { return N * (piece % per_sample) / per_sample; }  // within the sample
+  int64_t end_row(int64_t piece) const { return N * (piece % per_sample + 1) / per_sample; }
+};
+
+// Uninitialised, 64-byte aligned floats; null data where memory ran out.
+struct Floats {
+  float* data;
+  explicit Floats(int64_t n);
+  Floats(const Floats&) = delete;
+  ~Floats();
+};
+
+}  // namespace sra2

@@ -1,0 +1,46 @@
+#include "norm_rows.h"
+
+using namespace sra2;
+
+extern "C" int32_t sra2_gated_residual_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x, sra2_rows branch,
+                                                                   sra2_rows gate, sra2_rows shift, sra2_rows scale,
+                                                                   float eps, sra2_rows x_new, sra2_rows y,
+                                                                   float* mean, float* rstd, sra2_parallel parallel) {
+  NormArgs a{};
+  a.shape = shape;
+  a.x = x;
+  a.branch = branch;
+  a.gate = gate;
+  a.shift = shift;
+  a.scale = scale;
+  a.x_new = x_new;
+  a.y = y;
+  a.mean = mean;
+  a.rstd = rstd;
+  a.eps = eps;
+  a.padded = padded_size(shape.D);
+  return norm_fwd(a, parallel);
+}
+
+extern "C" int32_t sra2_gated_residual_layer_norm_modulate_bwd_cpu(
+    sra2_shape shape, sra2_rows dx_new, sra2_rows dy, sra2_rows x_new, sra2_rows branch, sra2_rows gate,
+    sra2_rows scale, const float* mean, const float* rstd, sra2_rows dx, sra2_rows dbranch, sra2_rows dgate,
+    sra2_rows dshift, sra2_rows dscale, sra2_parallel parallel) {
+  NormArgs a{};
+  a.shape = shape;
+  a.x = a.x_new = x_new;  // x itself is not needed, its dtype is that of x_new
+  a.branch = branch;
+  a.gate = gate;
+  a.scale = scale;
+  a.dx_new = dx_new;
+  a.dy = dy;
+  a.dx = dx;
+  a.dbranch = dbranch;
+  a.dgate = dgate;
+  a.dshift = dshift;
+  a.dscale = dscale;
+  a.mean = const_cast<float*>(mean);
+  a.rstd = const_cast<float*>(rstd);
+  a.padded = padded_size(shape.D);
+  return norm_bwd(a, parallel);
+}

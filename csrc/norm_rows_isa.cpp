@@ -1,0 +1,269 @@
+// Rows of y = LN(x)(1 + scale) + shift and of its gradients, optionally with x = x_old + gate branch on the way in.
+// Formulas: sra2_fast/reference/layer_norm_modulate.py and gated_residual_layer_norm_modulate.py.
+#include "norm_rows.h"
+#include "vec.h"
+
+namespace sra2 {
+namespace SRA2_ISA {
+
+// Rows in flight: their loads and reductions overlap, and modulation and partial sums are read once for all of them.
+constexpr int ROWS = 4;
+#define SRA2_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < R; ++r)
+
+template <class T>
+SRA2_INLINE T* row(const sra2_rows& rows, int64_t i) {
+  return static_cast<T*>(rows.data) + i * rows.stride;
+}
+
+template <class X, class B, class Y, bool BRANCH, int R>
+static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
+  constexpr bool PAIRS = same<X, bf16> && same<Y, bf16> && (!BRANCH || same<B, bf16>);
+  const int64_t D = a.shape.D;
+  const float *scale1 = scratch, *shift = scratch + a.padded, *gate = scratch + 2 * a.padded;
+  const X* x[R];  // the rows to normalise; x_new where there is a branch
+  V total[R] = {}, squares[R] = {};
+  SRA2_ROWS x[r] = row<X>(BRANCH ? a.x_new : a.x, i + r);
+
+  each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    SRA2_ROWS {
+      V p, q;
+      if constexpr (BRANCH) {
+        V bp, bq;
+        load<PAIRS, FULL>(row<X>(a.x, i + r) + k, n, p, q);
+        load<PAIRS, FULL>(row<B>(a.branch, i + r) + k, n, bp, bq);
+        p = rounded_to<X>(p + get<V>(gate + k) * bp);  // the norm is of the x_new that is kept for backward
+        q = rounded_to<X>(q + get<V>(gate + k + W) * bq);
+        store<PAIRS, FULL>(row<X>(a.x_new, i + r) + k, n, p, q);
+      } else {
+        load<PAIRS, FULL>(x[r] + k, n, p, q);
+      }
+      total[r] += p + q;
+    }
+  });
+  float mean[R], rstd[R];
+  SRA2_ROWS mean[r] = sum(total[r]) / static_cast<float>(D);
+
+  each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    V in_p, in_q;  // 1 for elements of the row, 0 for padding
+    if constexpr (!FULL) {
+      float ones[STEP];
+      for (int j = 0; j < STEP; ++j) ones[j] = 1.f;
+      load_some<PAIRS>(ones, n, in_p, in_q);
+    }
+    SRA2_ROWS {
+      V p, q;
+      load<PAIRS, FULL>(x[r] + k, n, p, q);
+      p -= mean[r];
+      q -= mean[r];
+      if constexpr (!FULL) {
+        p *= in_p;
+        q *= in_q;
+      }
+      squares[r] += p * p;
+      squares[r] += q * q;
+    }
+  });
+  float minus[R];
+  SRA2_ROWS {
+    rstd[r] = 1.f / __builtin_sqrtf(sum(squares[r]) / static_cast<float>(D) + a.eps);
+    minus[r] = -mean[r] * rstd[r];
+    a.mean[i + r] = mean[r];
+    a.rstd[i + r] = rstd[r];
+  }
+
+  each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    SRA2_ROWS {
+      V p, q;
+      load<PAIRS, FULL>(x[r] + k, n, p, q);
+      p = (p * rstd[r] + minus[r]) * get<V>(scale1 + k) + get<V>(shift + k);
+      q = (q * rstd[r] + minus[r]) * get<V>(scale1 + k + W) + get<V>(shift + k + W);
+      store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q);
+    }
+  });
+}
+
+SRA2_INLINE void add_to(float* p, V v) { put(p, get<V>(p) + v); }
+
+template <class X, class B, class Y, bool BRANCH, int R>
+static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* sums) {
+  constexpr bool PAIRS = same<X, bf16> && same<Y, bf16> && (!BRANCH || same<B, bf16>);
+  const int64_t D = a.shape.D;
+  const float *scale1 = scratch, *gate = scratch + 2 * a.padded;
+  float *dscale = sums, *dshift = sums + a.padded, *dgate = sums + 2 * a.padded;
+  const bool want_modulation = a.dscale.data || a.dshift.data;
+  const sra2_rows& x = BRANCH ? a.x_new : a.x;
+  float rstd[R], minus[R];
+  V g_sum[R] = {}, gx_sum[R] = {};
+  SRA2_ROWS {
+    rstd[r] = a.rstd[i + r];
+    minus[r] = -a.mean[i + r] * rstd[r];
+  }
+
+  each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    const V sp = get<V>(scale1 + k), sq = get<V>(scale1 + k + W);
+    V dscale_p = {}, dscale_q = {}, dshift_p = {}, dshift_q = {};
+    SRA2_ROWS {
+      V p, q, dp, dq;
+      load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
+      load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
+      p = p * rstd[r] + minus[r];
+      q = q * rstd[r] + minus[r];
+      dscale_p += dp * p;
+      dscale_q += dq * q;
+      dshift_p += dp;
+      dshift_q += dq;
+      dp *= sp;
+      dq *= sq;
+      g_sum[r] += dp + dq;
+      gx_sum[r] += dp * p;
+      gx_sum[r] += dq * q;
+    }
+    if (want_modulation) {
+      add_to(dscale + k, dscale_p);
+      add_to(dscale + k + W, dscale_q);
+      add_to(dshift + k, dshift_p);
+      add_to(dshift + k + W, dshift_q);
+    }
+  });
+  if (!a.dx.data && !a.dbranch.data && !a.dgate.data) return;
+
+  float c0[R], c1[R];  // dx = rstd g + c1 xhat + c0
+  SRA2_ROWS {
+    c0[r] = -rstd[r] * sum(g_sum[r]) / static_cast<float>(D);
+    c1[r] = -rstd[r] * sum(gx_sum[r]) / static_cast<float>(D);
+  }
+  each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    const V sp = get<V>(scale1 + k), sq = get<V>(scale1 + k + W);
+    V dgate_p = {}, dgate_q = {};
+    SRA2_ROWS {
+      V p, q, dp, dq;
+      load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
+      load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
+      p = p * rstd[r] + minus[r];
+      q = q * rstd[r] + minus[r];
+      p = dp * sp * rstd[r] + (p * c1[r] + c0[r]);
+      q = dq * sq * rstd[r] + (q * c1[r] + c0[r]);
+      if constexpr (BRANCH) {
+        if (a.dx_new.data) {
+          load<PAIRS, FULL>(row<X>(a.dx_new, i + r) + k, n, dp, dq);
+          p += dp;
+          q += dq;
+        }
+        if (a.dgate.data) {
+          load<PAIRS, FULL>(row<B>(a.branch, i + r) + k, n, dp, dq);
+          dgate_p += p * dp;
+          dgate_q += q * dq;
+        }
+        if (a.dbranch.data)
+          store<PAIRS, FULL>(row<B>(a.dbranch, i + r) + k, n, p * get<V>(gate + k), q * get<V>(gate + k + W));
+      }
+      if (!BRANCH || a.dx.data) store<PAIRS, FULL>(row<X>(a.dx, i + r) + k, n, p, q);
+    }
+    if constexpr (BRANCH) {
+      if (a.dgate.data) {
+        add_to(dgate + k, dgate_p);
+        add_to(dgate + k + W, dgate_q);
+      }
+    }
+  });
+}
+
+template <class X, class B, class Y, bool BRANCH>
+static void fwd_all(const NormArgs& a, int64_t i, int64_t end, const float* scratch) {
+  for (; i + ROWS <= end; i += ROWS) fwd_rows<X, B, Y, BRANCH, ROWS>(a, i, scratch);
+  for (; i < end; ++i) fwd_rows<X, B, Y, BRANCH, 1>(a, i, scratch);
+}
+
+template <class X, class B, class Y, bool BRANCH>
+static void bwd_all(const NormArgs& a, int64_t i, int64_t end, const float* scratch, float* sums) {
+  for (; i + ROWS <= end; i += ROWS) bwd_rows<X, B, Y, BRANCH, ROWS>(a, i, scratch, sums);
+  for (; i < end; ++i) bwd_rows<X, B, Y, BRANCH, 1>(a, i, scratch, sums);
+}
+
+// Calls F<X, B, Y, BRANCH> for the dtypes of this call; y is what stands at Y: y forward, dy backward.
+#define SRA2_BY_DTYPE(F, y, ...)                                                               \
+  do {                                                                                         \
+    const bool x16 = a.x.dtype, y16 = y.dtype, b16 = a.branch.dtype;                           \
+    if (!a.branch.data) {                                                                      \
+      if (x16) y16 ? F<bf16, bf16, bf16, false>(__VA_ARGS__) : F<bf16, bf16, float, false>(__VA_ARGS__); \
+      else y16 ? F<float, bf16, bf16, false>(__VA_ARGS__) : F<float, bf16, float, false>(__VA_ARGS__);   \
+    } else if (b16) {                                                                          \
+      if (x16) y16 ? F<bf16, bf16, bf16, true>(__VA_ARGS__) : F<bf16, bf16, float, true>(__VA_ARGS__);   \
+      else y16 ? F<float, bf16, bf16, true>(__VA_ARGS__) : F<float, bf16, float, true>(__VA_ARGS__);     \
+    } else {                                                                                   \
+      if (x16) y16 ? F<bf16, float, bf16, true>(__VA_ARGS__) : F<bf16, float, float, true>(__VA_ARGS__); \
+      else y16 ? F<float, float, bf16, true>(__VA_ARGS__) : F<float, float, float, true>(__VA_ARGS__);   \
+    }                                                                                          \
+  } while (0)
+
+static bool in_pairs(const NormArgs& a) {
+  const int32_t y = a.y.data ? a.y.dtype : a.dy.dtype;
+  return a.x.dtype == SRA2_BF16 && y == SRA2_BF16 && (!a.branch.data || a.branch.dtype == SRA2_BF16);
+}
+
+static const void* row_of(const sra2_rows& rows, int64_t i) {
+  return static_cast<const char*>(rows.data) + i * rows.stride * (rows.dtype == SRA2_BF16 ? 2 : 4);
+}
+
+template <bool PAIRS>
+static void unpack_modulation(const NormArgs& a, int64_t b, float* scratch) {
+  const int64_t D = a.shape.D;
+  unpack_row<PAIRS>(row_of(a.scale, b), a.scale.dtype, 1.f, scratch, D);
+  if (a.shift.data) unpack_row<PAIRS>(row_of(a.shift, b), a.shift.dtype, 0.f, scratch + a.padded, D);
+  if (a.gate.data) unpack_row<PAIRS>(row_of(a.gate, b), a.gate.dtype, 0.f, scratch + 2 * a.padded, D);
+}
+
+static void load_modulation(const NormArgs& a, int64_t b, float* scratch) {
+  if (in_pairs(a))
+    unpack_modulation<true>(a, b, scratch);
+  else
+    unpack_modulation<false>(a, b, scratch);
+}
+
+static void fwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, const float* scratch) {
+  const int64_t start = b * a.shape.N;
+  SRA2_BY_DTYPE(fwd_all, a.y, a, start + first, start + end, scratch);
+}
+
+static void bwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, const float* scratch, float* sums) {
+  const int64_t start = b * a.shape.N;
+  memset(sums, 0, static_cast<size_t>(a.sums()) * sizeof(float));
+  SRA2_BY_DTYPE(bwd_all, a.dy, a, start + first, start + end, scratch, sums);
+}
+
+template <bool PAIRS, class T>
+static void add_sum(const NormArgs& a, T* out, const float* sums, int64_t pieces) {
+  each_step(a.shape.D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
+    V p = {}, q = {};
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      p += get<V>(sums + piece * a.sums() + k);
+      q += get<V>(sums + piece * a.sums() + k + W);
+    }
+    store<PAIRS, decltype(full)::value>(out + k, n, p, q);
+  });
+}
+
+static void add_sums(const NormArgs& a, int64_t b, const float* sums, int64_t pieces) {
+  const sra2_rows* outs[3] = {&a.dscale, &a.dshift, &a.dgate};
+  const bool pairs = in_pairs(a);
+  for (int j = 0; j < 3; ++j, sums += a.padded) {
+    if (!outs[j]->data) continue;
+    if (outs[j]->dtype == SRA2_BF16)
+      pairs ? add_sum<true>(a, row<bf16>(*outs[j], b), sums, pieces)
+            : add_sum<false>(a, row<bf16>(*outs[j], b), sums, pieces);
+    else
+      pairs ? add_sum<true>(a, row<float>(*outs[j], b), sums, pieces)
+            : add_sum<false>(a, row<float>(*outs[j], b), sums, pieces);
+  }
+}
+
+extern const NormKernels norm_kernels;
+const NormKernels norm_kernels = {load_modulation, fwd, bwd, add_sums};
+
+}  // namespace SRA2_ISA
+}  // namespace sra2

@@ -1,0 +1,100 @@
+/* The kernels' own C ABI: no torch, no C++ types. Every function returns 0, or an error number (CPU: 1 = out of memory;
+   CUDA: a cudaError_t). An op adds its functions below; csrc/<op>_cpu.cpp and csrc/<op>_cuda.cu define them. */
+#pragma once
+#include <stdint.h>
+#define SRA2_API __attribute__((visibility("default")))
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SRA2_F32 = 0, SRA2_BF16 = 1 };
+
+/* Rows of D elements, unit stride within a row. data may be null where an output is not wanted. */
+typedef struct {
+  void* data;
+  int64_t stride; /* elements from one row to the next */
+  int32_t dtype;  /* SRA2_F32 or SRA2_BF16 */
+} sra2_rows;
+
+/* x and its like have B * N rows, shift/scale/gate and their gradients B. */
+typedef struct {
+  int64_t B, N, D;
+} sra2_shape;
+
+/* Runs f over [begin, end) in pieces of at least grain; torch's pool (torch_parallel_for), or null for one thread. */
+typedef int32_t (*sra2_parallel)(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*),
+                                 void* context);
+
+/* "avx512", "avx2" or "base": the instruction set the CPU kernels use. SRA2_CPU_ISA=avx2|base asks for a lesser one. */
+SRA2_API const char* sra2_cpu_isa(void);
+/* 0 where the driver can run this build, else the version it needs (13000 is CUDA 13.0). */
+SRA2_API int32_t sra2_cuda_driver_needed(void);
+SRA2_API const char* sra2_cuda_error_string(int32_t error);
+
+/* y = LN(x) (1 + scale) + shift; mean, rstd: (B * N). */
+SRA2_API int32_t sra2_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x, sra2_rows shift, sra2_rows scale,
+                                                  float eps, sra2_rows y, float* mean, float* rstd,
+                                                  sra2_parallel parallel);
+/* Gradients; dshift, dscale are summed over N in float32. */
+SRA2_API int32_t sra2_layer_norm_modulate_bwd_cpu(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
+                                                  const float* mean, const float* rstd, sra2_rows dx,
+                                                  sra2_rows dshift, sra2_rows dscale, sra2_parallel parallel);
+/* workspace: sra2_layer_norm_modulate_workspace floats on the device. */
+SRA2_API int64_t sra2_layer_norm_modulate_workspace(sra2_shape shape, int32_t sums);
+SRA2_API int32_t sra2_layer_norm_modulate_fwd_cuda(sra2_shape shape, sra2_rows x, sra2_rows shift, sra2_rows scale,
+                                                   float eps, sra2_rows y, float* mean, float* rstd, void* stream);
+SRA2_API int32_t sra2_layer_norm_modulate_bwd_cuda(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
+                                                   const float* mean, const float* rstd, sra2_rows dx,
+                                                   sra2_rows dshift, sra2_rows dscale, float* workspace, void* stream);
+
+/* x_new = x + gate branch; y = LN(x_new) (1 + scale) + shift. */
+SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x, sra2_rows branch,
+                                                                 sra2_rows gate, sra2_rows shift, sra2_rows scale,
+                                                                 float eps, sra2_rows x_new, sra2_rows y, float* mean,
+                                                                 float* rstd, sra2_parallel parallel);
+/* dx_new.data may be null: no gradient reaches x_new but through y. */
+SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_bwd_cpu(sra2_shape shape, sra2_rows dx_new, sra2_rows dy,
+                                                                 sra2_rows x_new, sra2_rows branch, sra2_rows gate,
+                                                                 sra2_rows scale, const float* mean, const float* rstd,
+                                                                 sra2_rows dx, sra2_rows dbranch, sra2_rows dgate,
+                                                                 sra2_rows dshift, sra2_rows dscale,
+                                                                 sra2_parallel parallel);
+SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_fwd_cuda(sra2_shape shape, sra2_rows x, sra2_rows branch,
+                                                                  sra2_rows gate, sra2_rows shift, sra2_rows scale,
+                                                                  float eps, sra2_rows x_new, sra2_rows y, float* mean,
+                                                                  float* rstd, void* stream);
+SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_bwd_cuda(sra2_shape shape, sra2_rows dx_new, sra2_rows dy,
+                                                                  sra2_rows x_new, sra2_rows branch, sra2_rows gate,
+                                                                  sra2_rows scale, const float* mean,
+                                                                  const float* rstd, sra2_rows dx, sra2_rows dbranch,
+                                                                  sra2_rows dgate, sra2_rows dshift, sra2_rows dscale,
+                                                                  float* workspace, void* stream);
+
+/* Flat float32 memory. */
+typedef struct {
+  const float* data;
+  int64_t numel;
+} sra2_flat;
+/* One parameter; ema may be null. step counts this update. */
+typedef struct {
+  float* param;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* ema;
+  int64_t numel;
+  double step;
+} sra2_adamw_ema_tensor;
+/* max_grad_norm: infinity for no clipping. */
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay, ema_decay, max_grad_norm;
+} sra2_adamw_ema_settings;
+/* norm = the square root of the sum of all squares. */
+SRA2_API int32_t sra2_global_norm_cpu(int64_t tensors, const sra2_flat* grads, float* norm, sra2_parallel parallel);
+/* Clip, AdamW, EMA in place; nothing where norm is not finite. */
+SRA2_API int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* table,
+                                         sra2_adamw_ema_settings settings, float norm, sra2_parallel parallel);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,182 @@
+"""Which device and which backends there are, and why one is missing.
+
+Every question about the machine is asked here, once: the answers are cached, so a backend does not appear or vanish
+while a program runs. The compiled extension is loaded when an op is first imported, not at `import sra2_fast`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_FOLDER = Path(__file__).resolve().parent
+_OLDEST_TORCH = (2, 10)
+
+
+def has_flash_attn() -> bool:
+    """Whether flash-attn can be imported."""
+    return _why_not_importable("flash_attn") is None
+
+
+def has_triton() -> bool:
+    """Whether Triton, and so our CUDA kernels, can be imported."""
+    return _why_not_importable("triton") is None
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA's apex with its fused optimizers can be imported."""
+    return _why_not_importable("apex.optimizers") is None
+
+
+def has_extension(kind: str = "cpu") -> bool:
+    """Whether the compiled kernels for kind ("cpu" or "cuda") are loaded; loads them at the first call."""
+    return _load_extension(kind)[0]
+
+
+@functools.cache
+def cpu_instruction_set() -> str | None:
+    """What the CPU kernels use: "avx512", "avx2" or "base"; None without the extension."""
+    if not _library("cpu").exists():
+        return None
+    library = ctypes.CDLL(str(_library("cpu")))
+    library.sra2_cpu_isa.restype = ctypes.c_char_p
+    return library.sra2_cpu_isa().decode()
+
+
+@functools.cache
+def is_bf16_fast(device: str | torch.device) -> bool:
+    """Whether bf16 matrix products are faster than float32 ones: sm_80 or later, a CPU with avx512_bf16 or AMX."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    return False
+
+
+def status() -> dict[str, str]:
+    """Every backend by name, in words: what it is, or "not ..." and why it is not there."""
+    import torch
+
+    from . import __version__
+
+    found = {"sra2_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found["device"] = _describe_device()
+    found["driver"] = _driver_version() or "not found"
+    for kind in ("cpu", "cuda"):
+        found[f"{kind}_extension"] = _load_extension(kind)[1]
+    for name, module in (("triton", "triton"), ("flash_attn", "flash_attn"), ("apex", "apex.optimizers")):
+        why = _why_not_importable(module)
+        version = getattr(sys.modules.get(name), "__version__", None)
+        found[name] = (f"{version}" if version else "installed") if why is None else why
+    found["ops_on_cpu"] = "C++ kernels" if has_extension("cpu") else "PyTorch's own ops"
+    if torch.cuda.is_available():
+        found["ops_on_cuda"] = "Triton kernels" if has_triton() else "PyTorch's own ops"
+    found["bf16"] = (
+        "fast" if is_bf16_fast("cuda" if torch.cuda.is_available() else "cpu") else "not fast on this machine"
+    )
+    return found
+
+
+@functools.cache
+def _why_not_importable(name: str) -> str | None:
+    """None where the module imports, else the reason in words. A broken install raises all kinds of errors."""
+    try:
+        if importlib.util.find_spec(name) is None:
+            return "not installed"
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return "not installed" if error.name == name.split(".")[0] else f"not importable: {error}"
+    except Exception as error:
+        return f"not importable: {type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _library(kind: str) -> Path:
+    return _FOLDER / f"_C_{kind}.so"
+
+
+def _build_record(kind: str) -> str:
+    """What setup.py wrote about this part."""
+    try:
+        return json.loads((_FOLDER / "_build.json").read_text())[kind]
+    except FileNotFoundError:
+        return "not built: the package was not installed (pip install -e .)"
+    except (OSError, ValueError, KeyError) as error:
+        return f"not built: {_FOLDER / '_build.json'} is unreadable ({error})"
+
+
+@functools.cache
+def _load_extension(kind: str) -> tuple[bool, str]:
+    """Load the library once; whether it is there, and what to tell the user."""
+    import torch
+
+    path = _library(kind)
+    if not path.exists():
+        return False, _build_record(kind)
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+        return False, f"not loaded: torch {torch.__version__} is older than {'.'.join(map(str, _OLDEST_TORCH))}"
+    if kind == "cuda":
+        if not torch.version.cuda:
+            return False, f"not loaded: torch {torch.__version__} has no CUDA ({_build_record(kind)})"
+        if not torch.cuda.is_available():
+            return False, f"not loaded: no usable GPU or driver ({_build_record(kind)})"
+        try:
+            needed = ctypes.CDLL(str(path)).sra2_cuda_driver_needed()
+        except OSError as error:
+            return False, f"not loaded: {error}"
+        if needed:
+            needs = f"{needed // 1000}.{needed % 1000 // 10}"
+            return False, f"not loaded: built with CUDA {needs}, the driver ({_driver_version()}) is too old for it"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return False, f"not loaded: torch {torch.__version__} cannot load {path.name}: {error}"
+    instructions = f"{cpu_instruction_set()}, " if kind == "cpu" else ""
+    return True, f"loaded ({instructions}{_build_record(kind)})"
+
+
+def _describe_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _driver_version() -> str | None:
+    """The NVIDIA driver's version, None where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except Exception:  # no module, no library or no device: pynvml has an error class for each
+        return None
+    return version if isinstance(version, str) else version.decode()

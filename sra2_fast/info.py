@@ -1,0 +1,37 @@
+"""`sra2-fast info`: what is built, what is missing and why, and which device and versions are in use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .backends import status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `sra2-fast info`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; exit code 0 whatever is missing."""
+    found = status()
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m sra2_fast.info`."""
+    parser = argparse.ArgumentParser(prog="sra2-fast info", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
