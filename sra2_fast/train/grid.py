@@ -1,0 +1,92 @@
+"""Sample grids: the same noise and labels at every step, drawn with the averaged weights, as one PNG."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..model import SiT
+from ..randomness import sampling_noise
+from ..sample import sample_ode
+
+MAX_COLUMNS = 10
+ROWS = 4
+IMAGE_PIXELS = 64  # smaller images are enlarged, pixel by pixel, to at least this side
+MARGIN = 2
+
+
+class SampleGrid:
+    """A grid of one class a column (ten of them at most, evenly chosen), ROWS draws each.
+
+    shape: (C, H, W) of a latent. decode: z (n, C, H, W) -> (n, H, W, 3) uint8. steps, cfg_scale: of the Heun sampler.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        seed: int,
+        decode: Callable[[torch.Tensor], np.ndarray],
+        steps: int,
+        cfg_scale: float,
+    ) -> None:
+        columns = min(num_classes, MAX_COLUMNS)
+        classes = [column * num_classes // columns for column in range(columns)]
+        self.columns = columns
+        self.labels = torch.tensor(classes * ROWS)
+        self.noise = torch.from_numpy(sampling_noise(seed, np.arange(columns * ROWS), shape))
+        self._decode = decode
+        self._steps = steps
+        self._cfg_scale = cfg_scale
+
+    def draw(self, model: SiT, device: torch.device) -> np.ndarray:
+        """(height, width, 3) uint8; the model is used as it is, in eval mode."""
+        was_training = model.training
+        model.eval()
+        try:
+            latents = sample_ode(
+                model,
+                self.noise.to(device),
+                self.labels.to(device),
+                steps=self._steps,
+                method="heun",
+                cfg_scale=self._cfg_scale,
+            )
+        finally:
+            model.train(was_training)
+        return tile(self._decode(latents), self.columns)
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """(n, H, W, 3) uint8 -> one picture, `columns` images a row, small ones enlarged to the nearest neighbour."""
+    factor = -(-IMAGE_PIXELS // images.shape[1])
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    images = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=96)
+    count, height, width, _ = images.shape
+    rows = count // columns
+    return images.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def can_write_png() -> bool:
+    """Whether pillow is installed."""
+    return importlib.util.find_spec("PIL") is not None
+
+
+def write_png(picture: np.ndarray, path: Path) -> None:
+    """Write the picture under another name, then rename it; InputError when the disk does not take it."""
+    from PIL import Image
+
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(temporary, format="PNG")
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"train: {path} cannot be written ({error.strerror or error}); free some space") from error

@@ -1,0 +1,296 @@
+"""The training loop: what happens in a step, and what happens between steps.
+
+A step never waits for the device: losses stay there until a log point (`StepHistory`). Everything random is a function
+of (seed, step, index in the batch), so that a run cut in two is bitwise the run in one piece. One process, one device:
+many GPUs are not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoint import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
+from ..data import Batch, LatentSource, make_loader, open_data
+from ..data.decode import make_decoder
+from ..objective import LossOutput
+from . import build
+from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
+from .grid import SampleGrid, can_write_png, write_png
+from .interrupt import Interrupt
+from .options import TrainOptions
+from .resume import check_same_run, describe_run, find_checkpoint
+from .run_directory import RunDirectory, versions
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when it leaves. exit_code: 0, or 130 / 143 when a signal ended it early."""
+
+    step: int
+    checkpoint: Path | None
+    exit_code: int
+    last_record: dict[str, float] | None
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Train (or go on training) one run until `options.steps`.
+
+    Raises InputError for bad input, NonFiniteLoss when a loss or the gradient is not finite.
+    """
+    options = build.resolve(options)
+    source = open_data(options.data)
+    directory = RunDirectory(options.out)
+    try:
+        return Trainer(options, source, directory).train()
+    finally:
+        directory.close()
+
+
+class Trainer:
+    """The pieces of one run: resolved options, where the data and the folder are, and `step`, the steps done so far."""
+
+    def __init__(self, options: TrainOptions, source: LatentSource, directory: RunDirectory) -> None:
+        self.options, self.source, self.directory = options, source, directory
+        self.device = torch.device(options.device)
+        self.description = describe_run(options, source)
+        self.step = 0
+        self.record: dict[str, float] | None = None
+        checkpoint = find_checkpoint(options, directory)
+        changes = check_same_run(checkpoint, self.description, options.resume) if checkpoint else []
+        self.checkpoint = checkpoint.path if checkpoint else None
+        self.model = build.build_model(options, source).to(self.device)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.loss_fn = build.build_loss(options)
+        self.optimizer = build.build_optimizer(options, self.model)
+        pending = self._restore(checkpoint) if checkpoint else []
+        self.history = StepHistory(options.log_every, self.device, pending)
+        self.teacher = build.build_teacher(self.model, self.optimizer) if options.target == "teacher" else None
+        self.compute = torch.compile(self.model) if options.compile else self.model
+        self.grid = self._make_grid()
+        self._say_what_runs(changes)
+
+    def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
+        """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
+        load_weights(self.model, checkpoint.model, checkpoint.path)
+        state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], self.names)
+        for index, name in enumerate(self.names):
+            if index in state["state"] and checkpoint.ema is not None:
+                state["state"][index]["ema"] = checkpoint.ema[name]
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.options.weight_decay  # the loaded one, unless it was changed on purpose
+        self.step = checkpoint.step
+        return checkpoint.state["pending"][-self.options.log_every :]
+
+    def train(self) -> TrainResult:
+        """Steps until the end, an interrupt or a loss that is not finite."""
+        options = self.options
+        if self.step >= options.steps:
+            tqdm.write(f"{self.checkpoint} has all {options.steps} steps already; raise --steps to go on")
+            return TrainResult(self.step, self.checkpoint, 0, None)
+        self._write_config()
+        self.directory.open_metrics(self.step)
+        self.model.train()
+        with (
+            Interrupt() as interrupt,
+            self._progress_bar() as self.bar,
+        ):
+            self._restart_clock()
+            for batch in self._batches(self.step, options.steps - self.step):
+                self._take_step(batch)
+                is_last = self.step == options.steps
+                if is_last or self.step % options.log_every == 0:
+                    self._log()
+                if is_last or interrupt.signal or self.step % options.checkpoint_every == 0:
+                    self._save()
+                if is_last or (options.sample_every and self.step % options.sample_every == 0):
+                    self._draw_samples()
+                if interrupt.signal:
+                    break
+        if interrupt.signal and self.step < options.steps:
+            name = interrupt.signal.name
+            tqdm.write(
+                f"{name} after step {self.step}: saved {self.checkpoint}; go on with the same command (--resume auto)"
+            )
+            return TrainResult(self.step, self.checkpoint, interrupt.exit_code, self.record)
+        return TrainResult(self.step, self.checkpoint, 0, self.record)
+
+    def _progress_bar(self) -> tqdm:
+        interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+        return tqdm(
+            desc="train",
+            unit="step",
+            total=self.options.steps,
+            initial=self.step,
+            dynamic_ncols=True,
+            mininterval=interval,
+        )
+
+    def _batches(self, start: int, count: int) -> Iterator[Batch]:
+        on_gpu = self.device.type == "cuda"
+        loader = make_loader(
+            self.source,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            start_step=start,
+            num_steps=count,
+            num_workers=self.options.workers or 0,
+            pin_memory=on_gpu,
+        )
+        if not on_gpu:
+            yield from loader
+            return
+        for batch in loader:
+            yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+
+    def _losses(self, model: torch.nn.Module, batch: Batch, step: int) -> LossOutput:
+        """The objective of one batch; `step` counts the steps done before it."""
+        with self._autocast():
+            return self.loss_fn(
+                model,
+                batch.latents,
+                batch.labels,
+                t=self.loss_fn.time_from_uniform(batch.time_uniform),
+                noise=batch.noise,
+                label_drop=batch.label_uniform < self.options.label_dropout,
+                teacher_gap=batch.teacher_uniform * self.loss_fn.teacher_gap if self.teacher is not None else None,
+                teacher=self.teacher,
+                step=step,
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.precision == "bf16")
+
+    def _take_step(self, batch: Batch) -> None:
+        done = self.step + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = build.learning_rate(self.options, done)
+            group["ema_decay"] = build.ema_decay(self.options, done)
+        losses = self._losses(self.compute, batch, self.step)
+        self.history.backward(losses.total)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.history.record(losses.velocity, losses.align, self.optimizer.grad_norm)
+        self.step = done
+        self.bar.update()
+
+    def _read_history(self) -> list[list[float]]:
+        """The losses since the last log point. Raises NonFiniteLoss, with the weights as before the bad step."""
+        rows = self.history.read()
+        bad = first_non_finite(rows)
+        if bad is not None:
+            step = self.step - len(rows) + bad
+            batch = next(iter(self._batches(step, 1)))
+            activations = largest_activations(self.model, lambda: self._losses(self.model, batch, step))
+            raise NonFiniteLoss(describe(step + 1, rows[bad], activations, self.checkpoint))
+        return rows
+
+    def _log(self) -> None:
+        rows = self._read_history()
+        seconds = time.perf_counter() - self._clock_start
+        images_per_s = (self.step - self._clock_step) * self.options.batch_size / seconds
+        velocity, align, grad_norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        weight = self.loss_fn.align_weight * self.loss_fn.schedule.factor(self.step - 1)
+        self.record = {
+            "step": self.step,
+            "loss": velocity + weight * align,
+            "velocity": velocity,
+            "align": align,
+            "align_weight": weight,
+            "grad_norm": grad_norm,
+            "lr": build.learning_rate(self.options, self.step),
+            "ema_decay": build.ema_decay(self.options, self.step),
+            "images": self.step * self.options.batch_size,
+            "images_per_s": images_per_s,
+        }
+        self.directory.log(self.record)
+        self.bar.set_postfix_str(f"loss {self.record['loss']:.4f}, align {align:.4f}, {images_per_s:.0f} images/s")
+        self.history.clear()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        """images/s leaves out saving and sampling, and starts anew at each log point."""
+        self._clock_start, self._clock_step = time.perf_counter(), self.step
+
+    def _save(self) -> None:
+        pending = self._read_history()
+        paused = time.perf_counter()
+        packed = self.optimizer.state_dict()
+        averages = {name: packed["state"][i].pop("ema") for i, name in enumerate(self.names) if i in packed["state"]}
+        weights = self.model.state_dict()
+        tensors, rest = split_optimizer(packed, self.names)
+        self.checkpoint = save_checkpoint(
+            self.directory.checkpoints,
+            self.step,
+            model=weights,
+            ema={name: averages.get(name, value) for name, value in weights.items()},
+            optimizer=tensors,
+            state={
+                "model": self.model.config(),
+                "run": self.description,
+                "optimizer": rest,
+                "pending": pending,
+                "versions": versions(),
+            },
+        )
+        prune_checkpoints(self.directory.checkpoints, self.options.keep_checkpoints)
+        self._clock_start += time.perf_counter() - paused
+
+    def _make_grid(self) -> SampleGrid | None:
+        options = self.options
+        if not options.sample_every or not can_write_png():
+            return None
+        return SampleGrid(
+            shape=self.source.shape,
+            num_classes=self.source.num_classes,
+            seed=options.seed,
+            decode=make_decoder(self.source.decode_info(), options.vae, self.device),
+            steps=options.sample_steps,
+            cfg_scale=options.sample_cfg,
+        )
+
+    def _draw_samples(self) -> None:
+        if self.grid is None:
+            return
+        paused = time.perf_counter()
+        with self.optimizer.swap_ema(self.model), self._autocast():
+            picture = self.grid.draw(self.model, self.device)
+        write_png(picture, self.directory.samples / f"step-{self.step:08d}.png")
+        self._clock_start += time.perf_counter() - paused
+
+    def _write_config(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.directory.write_config(
+            {
+                "options": dataclasses.asdict(self.options),
+                "model": self.model.config(),
+                "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+                "data": self.description["data"],
+                "started_at_step": self.step,
+                "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+                "versions": versions(),
+            }
+        )
+
+    def _say_what_runs(self, changes: list[str]) -> None:
+        options = self.options
+        million = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        how = f"{options.implementation}, compiled" if options.compile else options.implementation
+        tqdm.write(
+            f"SiT {options.model} ({million:.1f} M parameters) on {self.description['data']}; "
+            f"{options.precision} on {options.device}, {how}; --out {options.out}"
+        )
+        if self.checkpoint is not None:
+            changed = f", with {'; '.join(changes)}" if changes else ""
+            tqdm.write(f"going on from {self.checkpoint}{changed}")
+        if options.sample_every and self.grid is None:
+            tqdm.write("no sample grids: pip install pillow")

@@ -1,0 +1,123 @@
+"""The folder of a run: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, and who may write there.
+
+OUT/config.json                  every option, what it became, versions, the machine
+OUT/metrics.jsonl                one object a log point; a resumed run goes on where its checkpoint stood
+OUT/tensorboard/                 the same numbers as scalars, where tensorboard is installed
+OUT/samples/step-00000040.png
+OUT/checkpoints/step-00000040/   see sra2_fast/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from ..checkpoint import list_checkpoints, remove_partial_checkpoints
+from ..errors import InputError
+
+
+class RunDirectory:
+    """Creates and locks the folder; raises InputError when it cannot be written or another process trains in it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self._metrics: IO[str] | None = None
+        self._scalars: Any = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
+        except OSError as error:
+            raise InputError(
+                f"train: --out {path} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise InputError(f"train: --out {path} is in use by another process; choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        remove_partial_checkpoints(self.checkpoints)
+
+    def newest_checkpoint(self) -> Path | None:
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        temporary = self.path / ".config.json.partial"
+        with self._disk_errors("config.json"):
+            temporary.write_text(json.dumps(config, indent=1) + "\n")
+            temporary.rename(self.path / "config.json")
+
+    def open_metrics(self, last_step: int) -> None:
+        """Open metrics.jsonl and tensorboard/ to go on after `last_step`; records of later steps, done again now, go."""
+        path = self.path / "metrics.jsonl"
+        with self._disk_errors("metrics.jsonl"):
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+            temporary = self.path / ".metrics.jsonl.partial"
+            temporary.write_text("".join(kept))
+            temporary.rename(path)
+            self._metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._scalars = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
+
+    @property
+    def has_tensorboard(self) -> bool:
+        return self._scalars is not None
+
+    def log(self, record: dict[str, float]) -> None:
+        """One line of metrics.jsonl and one scalar a number."""
+        assert self._metrics is not None
+        with self._disk_errors("metrics.jsonl"):
+            self._metrics.write(json.dumps(record) + "\n")
+        if self._scalars is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._scalars.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):
+                self._metrics.close()
+        if self._scalars is not None:
+            with contextlib.suppress(OSError):
+                self._scalars.close()
+        self._lock.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self, name: str) -> Any:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"train: {self.path / name} cannot be written ({error.strerror}); free some space"
+            ) from error
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a metrics file; a last one that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def versions() -> dict[str, str]:
+    """Of everything a number of this run can depend on; what is not installed is left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .. import __version__
+
+    found = {"sra2_fast": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "triton", "safetensors", "flash-attn"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
