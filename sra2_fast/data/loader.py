@@ -79,7 +79,7 @@ class _Steps(Dataset):
 class BatchLoader(DataLoader):
     """A DataLoader of Batch whose InputErrors arrive as they were raised, also from a worker process."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, InputError):
                 raise batch

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .digits import DigitsSource
+from .shards import ShardSource, is_shards
 from .source import LatentSource
+from .vae_sd import VaeSdSource, is_vae_sd
 
 
 class Layout(NamedTuple):
@@ -23,7 +25,10 @@ class Layout(NamedTuple):
     open: Callable[[Path], LatentSource]
 
 
-LAYOUTS: tuple[Layout, ...] = ()
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("sra2-fast shards", is_shards, ShardSource),
+    Layout("REPA/SRA vae-sd", is_vae_sd, VaeSdSource),
+)
 
 
 def open_data(spec: str | os.PathLike[str], num_classes: int | None = None) -> LatentSource:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module
     return vae.requires_grad_(False).eval().to(device)
 
 
-def normalisation(vae: nn.Module) -> VaeNormalisation:
+def normalisation(vae: Any) -> VaeNormalisation:
     """Read from the autoencoder's configuration."""
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -88,13 +89,13 @@ def normalisation(vae: nn.Module) -> VaeNormalisation:
     )
 
 
-def downsample_factor(vae: nn.Module) -> int:
+def downsample_factor(vae: Any) -> int:
     """Image pixels along a side of one latent pixel: 2 for every level of the encoder but the last."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, images: torch.Tensor, precision: str = "fp32") -> np.ndarray:
+def encode(vae: Any, images: torch.Tensor, precision: str = "fp32") -> np.ndarray:
     """images: (n, 3, H, W) uint8 -> moments (n, 2C, h, w) float32 = [mean, std], not normalised.
 
     precision: "fp32", or "bf16": the convolutions in bf16 under autocast; the moments are always split in float32.
@@ -109,14 +110,14 @@ def encode(vae: nn.Module, images: torch.Tensor, precision: str = "fp32") -> np.
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, values: torch.Tensor) -> torch.Tensor:
+def decode(vae: Any, values: torch.Tensor) -> torch.Tensor:
     """values: (n, C, h, w) float32, not normalised -> images (n, 3, H, W) uint8, on the CPU."""
     device = next(vae.parameters()).device
     pixels = vae.decode(values.to(device)).sample
     return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
-def _from_pretrained(autoencoder: type, name_or_path: str, subfolders: list[str | None]) -> nn.Module:
+def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None]) -> nn.Module:
     """The first of `subfolders` that holds an autoencoder; the others are not tried when the hub cannot be reached."""
     for subfolder in subfolders[:-1]:
         try:

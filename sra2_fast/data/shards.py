@@ -1,0 +1,269 @@
+"""The project's own format: latents in safetensors shards, one index, read through memory maps.
+
+    FOLDER/latents-00000-of-00003.safetensors   moments (n, 2C, H, W) float32 = [mean, std], labels (n,) int64
+    FOLDER/index.json                           counts, shapes, normalisation, classes, the autoencoder, checksums
+
+A shard is written whole or not at all, the index last: a folder without an index is not finished. `checksum` is the
+SHA-256 of the shard's moments and labels, kept in the index and in the shard's own metadata, so that a shard proves
+itself. Opening compares sizes, and checksums where that takes about a second; `verify` compares all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .files import write_whole
+from .source import LatentSource
+
+INDEX_FILE = "index.json"
+FORMAT = "sra2_fast latents"
+VERSION = 1
+BLOCK_SIZE = 256  # samples: 8 MB of SD-VAE moments, enough for a disk to read at full speed
+VERIFY_AT_OPEN_BYTES = 1 << 28
+LONGEST_HEADER = 1 << 26
+AGAIN = "run the same sra2-fast prepare again"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard's line in the index."""
+
+    file: str
+    samples: int
+    bytes: int
+    checksum: str
+    unreadable: list[str] = field(default_factory=list)  # images of its share that were left out
+
+
+def shard_name(number: int, count: int) -> str:
+    """`number` counts from 0, and so does the name; `count` is the number of shards."""
+    return f"latents-{number:05d}-of-{count:05d}.safetensors"
+
+
+def checksum(moments: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256, in hexadecimal, of the bytes of `moments`, then of `labels`."""
+    digest = hashlib.sha256()
+    for array in (moments, labels):
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def write_shard(
+    folder: Path, name: str, moments: np.ndarray, labels: np.ndarray, key: str, unreadable: Iterable[str] = ()
+) -> Shard:
+    """Write one shard, whole or not at all.
+
+    moments: (n, 2C, H, W) float32. labels: (n,) int64.
+    key: says what the shard was made from; `finished_shard` asks for the same again.
+    """
+    from safetensors.numpy import save
+
+    moments, labels = np.ascontiguousarray(moments, np.float32), np.ascontiguousarray(labels, np.int64)
+    unreadable = list(unreadable)
+    digest = checksum(moments, labels)
+    metadata = {"key": key, "checksum": digest, "unreadable": json.dumps(unreadable)}
+    data = save({"moments": moments, "labels": labels}, metadata=metadata)
+    write_whole(folder / name, data)
+    return Shard(name, len(labels), len(data), digest, unreadable)
+
+
+def finished_shard(folder: Path, name: str, key: str) -> Shard | None:
+    """The shard `name` if it is there, was made from `key` and is undamaged; None otherwise."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        opened = _ShardFile(path)
+    except InputError:
+        return None
+    found = opened.metadata
+    if found.get("key") != key or found.get("checksum") != checksum(opened.moments(), opened.labels()):
+        return None
+    return Shard(name, opened.samples, opened.bytes, found["checksum"], json.loads(found["unreadable"]))
+
+
+def write_index(folder: Path, shards: list[Shard], **about: Any) -> None:
+    """Write index.json, which makes the folder a finished data set.
+
+    about: shape (C, H, W), num_classes, class_names, shift, scale, vae, and anything worth recording.
+    """
+    index = {"format": FORMAT, "version": VERSION, "num_samples": sum(shard.samples for shard in shards), **about}
+    index["shards"] = [asdict(shard) for shard in shards]
+    write_whole(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether `folder` holds this format, finished or not."""
+    return (folder / INDEX_FILE).is_file() or any(folder.glob("latents-*-of-*.safetensors"))
+
+
+class ShardSource(LatentSource):
+    """A finished folder of shards. Nothing is loaded but the labels (8 bytes a sample); moments are mapped."""
+
+    has_posterior = True
+    block_size = BLOCK_SIZE
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = str(folder)
+        index = _read_index(folder)
+        try:
+            channels, height, width = index["shape"]
+            self.shape = (int(channels), int(height), int(width))
+            self.num_classes = int(index["num_classes"])
+            self.class_names = index["class_names"]
+            self.vae = (index["vae"] or {}).get("name")
+            self.shift = np.asarray(index["shift"], dtype=np.float32)
+            self.scale = np.asarray(index["scale"], dtype=np.float32)
+            self.shards = [Shard(**shard) for shard in index["shards"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"data: {folder / INDEX_FILE} is damaged ({error!r}); {AGAIN}") from error
+        if self.shift.shape != self.shape[:1] or self.scale.shape != self.shape[:1]:
+            raise InputError(f"data: {folder / INDEX_FILE} is damaged (shape, shift and scale disagree); {AGAIN}")
+        self._files: dict[int, _ShardFile] = {}
+        self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self.num_samples = int(self._starts[-1])
+        if self.num_samples == 0:
+            raise InputError(f"data: {folder} holds no samples; {AGAIN}")
+        self._labels = np.concatenate([self._file(number).labels() for number in range(len(self.shards))])
+        self._check_labels()
+        if sum(shard.bytes for shard in self.shards) <= VERIFY_AT_OPEN_BYTES:
+            self.verify()
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64; copies, not views of the maps."""
+        channels, height, width = self.shape
+        values = np.empty((len(indices), 2 * channels, height, width), dtype=np.float32)
+        shard_of = self._shard_of(indices)
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            values[here] = self._file(int(number)).moments()[indices[here] - self._starts[number]]
+        return values, self._labels[indices]
+
+    def describe(self, index: int) -> str:
+        number = self._shard_of(index)
+        return f"{self.folder / self.shards[number].file}, sample {index - self._starts[number]}"
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """Ask the system to read the blocks of these samples ahead, each in one run."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for block in np.unique(indices // BLOCK_SIZE):
+            first, end = block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, self.num_samples)
+            for number in range(self._shard_of(first), self._shard_of(end - 1) + 1):
+                start, samples = self._starts[number], self.shards[number].samples
+                self._file(number).read_ahead(max(first - start, 0), min(end - start, samples))
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum in the index. Raises InputError naming the damaged one."""
+        for number, shard in enumerate(self.shards):
+            opened = self._file(number)
+            if checksum(opened.moments(), opened.labels()) != shard.checksum:
+                raise InputError(
+                    f"data: {self.folder / shard.file} is damaged (its checksum differs from {INDEX_FILE}); "
+                    f"{AGAIN}, which makes only this shard anew"
+                )
+
+    def _shard_of(self, index: Any) -> Any:
+        """The number of the shard that holds sample `index`; elementwise for an array."""
+        return np.searchsorted(self._starts, index, side="right") - 1
+
+    def _file(self, number: int) -> _ShardFile:
+        if number not in self._files:
+            shard = self.shards[number]
+            opened = _ShardFile(self.folder / shard.file, shard.bytes)
+            if opened.samples != shard.samples or opened.moments().shape[1:] != (2 * self.shape[0], *self.shape[1:]):
+                raise InputError(f"data: {opened.path} does not belong to {INDEX_FILE}; {AGAIN}")
+            self._files[number] = opened
+        return self._files[number]
+
+    def _check_labels(self) -> None:
+        bad = np.flatnonzero((self._labels < 0) | (self._labels >= self.num_classes))
+        if bad.size:
+            raise InputError(
+                f"data: label out of range: {self.describe(int(bad[0]))} has label {self._labels[bad[0]]}, "
+                f"{INDEX_FILE} says {self.num_classes} classes; {AGAIN}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: memory maps would be pickled as whole arrays, so they are opened anew."""
+        return {**self.__dict__, "_files": {}}
+
+
+class _ShardFile:
+    """One shard through memory maps; only the header is read here."""
+
+    def __init__(self, path: Path, expected_bytes: int | None = None) -> None:
+        self.path = path
+        try:
+            self.bytes = path.stat().st_size
+            with open(path, "rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes)) if header_bytes < min(self.bytes, LONGEST_HEADER) else {}
+        except FileNotFoundError as error:
+            raise InputError(f"data: {path} is missing; {AGAIN}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"data: {path} cannot be read ({error}); {AGAIN}") from error
+        if expected_bytes not in (None, self.bytes):
+            raise InputError(
+                f"data: {path} is truncated or was changed: {self.bytes} bytes instead of {expected_bytes}; {AGAIN}"
+            )
+        try:
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._moments = self._map(header["moments"], "F32", np.float32, 8 + header_bytes)
+            self._labels = self._map(header["labels"], "I64", np.int64, 8 + header_bytes)
+            if self._moments.ndim != 4 or self._labels.shape != self._moments.shape[:1]:
+                raise ValueError("shapes of moments and labels disagree")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"data: {path} is truncated or no shard of latents ({error}); {AGAIN}") from error
+        self.samples = len(self._labels)
+
+    def moments(self) -> np.ndarray:
+        """(n, 2C, H, W) float32, mapped."""
+        return self._moments
+
+    def labels(self) -> np.ndarray:
+        """(n,) int64, mapped."""
+        return self._labels
+
+    def read_ahead(self, first: int, last: int) -> None:
+        """Hint that the moments first .. last - 1 are read soon."""
+        row = self._moments[:1].nbytes
+        offset = int(getattr(self._moments, "offset", 0) + first * row)
+        with open(self.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), offset, int((last - first) * row), os.POSIX_FADV_WILLNEED)
+
+    def _map(self, entry: dict[str, Any], code: str, dtype: type, payload: int) -> np.ndarray:
+        first, last = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if entry["dtype"] != code or last - first != np.dtype(dtype).itemsize * int(np.prod(shape)):
+            raise ValueError(f"expected {code}, got {entry['dtype']} of shape {shape}")
+        if payload + last > self.bytes:
+            raise ValueError(f"{self.bytes} bytes instead of {payload + last}")
+        if first == last:  # an empty shard cannot be mapped
+            return np.empty(shape, dtype=dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=payload + first, shape=shape)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise InputError(f"data: {folder} has no {INDEX_FILE}, so it is not finished; {AGAIN}")
+    try:
+        index = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"data: {path} cannot be read ({error}); {AGAIN}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise InputError(f"data: {path} is not an index of {FORMAT}; give another folder")
+    if index.get("version") != VERSION:
+        raise InputError(f"data: {path} has version {index.get('version')}, not {VERSION}; {AGAIN}")
+    return index
