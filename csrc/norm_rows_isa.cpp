@@ -65,10 +65,8 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
       squares[r] += q * q;
     }
   });
-  float minus[R];
   SRA2_ROWS {
     rstd[r] = 1.f / __builtin_sqrtf(sum(squares[r]) / static_cast<float>(D) + a.eps);
-    minus[r] = -mean[r] * rstd[r];
     a.mean[i + r] = mean[r];
     a.rstd[i + r] = rstd[r];
   }
@@ -78,8 +76,8 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
     SRA2_ROWS {
       V p, q;
       load<PAIRS, FULL>(x[r] + k, n, p, q);
-      p = (p * rstd[r] + minus[r]) * get<V>(scale1 + k) + get<V>(shift + k);
-      q = (q * rstd[r] + minus[r]) * get<V>(scale1 + k + W) + get<V>(shift + k + W);
+      p = (p - mean[r]) * rstd[r] * get<V>(scale1 + k) + get<V>(shift + k);
+      q = (q - mean[r]) * rstd[r] * get<V>(scale1 + k + W) + get<V>(shift + k + W);
       store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q);
     }
   });
@@ -95,11 +93,11 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
   float *dscale = sums, *dshift = sums + a.padded, *dgate = sums + 2 * a.padded;
   const bool want_modulation = a.dscale.data || a.dshift.data;
   const sra2_rows& x = BRANCH ? a.x_new : a.x;
-  float rstd[R], minus[R];
+  float mean[R], rstd[R];
   V g_sum[R] = {}, gx_sum[R] = {};
   SRA2_ROWS {
+    mean[r] = a.mean[i + r];
     rstd[r] = a.rstd[i + r];
-    minus[r] = -a.mean[i + r] * rstd[r];
   }
 
   each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
@@ -110,8 +108,8 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
       V p, q, dp, dq;
       load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
       load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
-      p = p * rstd[r] + minus[r];
-      q = q * rstd[r] + minus[r];
+      p = (p - mean[r]) * rstd[r];  // not x rstd - mean rstd, which is off by mean rstd 2^-24: much, for a constant row
+      q = (q - mean[r]) * rstd[r];
       dscale_p += dp * p;
       dscale_q += dq * q;
       dshift_p += dp;
@@ -131,10 +129,10 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
   });
   if (!a.dx.data && !a.dbranch.data && !a.dgate.data) return;
 
-  float c0[R], c1[R];  // dx = rstd g + c1 xhat + c0
+  float c0[R], c1[R];  // dx = rstd g + c1 (x - mean) + c0
   SRA2_ROWS {
     c0[r] = -rstd[r] * sum(g_sum[r]) / static_cast<float>(D);
-    c1[r] = -rstd[r] * sum(gx_sum[r]) / static_cast<float>(D);
+    c1[r] = -rstd[r] * rstd[r] * sum(gx_sum[r]) / static_cast<float>(D);
   }
   each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool FULL = decltype(full)::value;
@@ -144,10 +142,8 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
       V p, q, dp, dq;
       load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
       load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
-      p = p * rstd[r] + minus[r];
-      q = q * rstd[r] + minus[r];
-      p = dp * sp * rstd[r] + (p * c1[r] + c0[r]);
-      q = dq * sq * rstd[r] + (q * c1[r] + c0[r]);
+      p = dp * sp * rstd[r] + ((p - mean[r]) * c1[r] + c0[r]);
+      q = dq * sq * rstd[r] + ((q - mean[r]) * c1[r] + c0[r]);
       if constexpr (BRANCH) {
         if (a.dx_new.data) {
           load<PAIRS, FULL>(row<X>(a.dx_new, i + r) + k, n, dp, dq);

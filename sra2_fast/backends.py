@@ -44,6 +44,18 @@ def has_extension(kind: str = "cpu") -> bool:
 
 
 @functools.cache
+def cuda_kernels() -> str | None:
+    """Which fused kernels run on CUDA: "triton", else "extension" (C++), None: PyTorch's own ops."""
+    import torch
+
+    if not torch.version.cuda:
+        return None
+    if has_triton():
+        return "triton"
+    return "extension" if has_extension("cuda") else None
+
+
+@functools.cache
 def cpu_instruction_set() -> str | None:
     """What the CPU kernels use: "avx512", "avx2" or "base"; None without the extension."""
     if not _library("cpu").exists():
@@ -84,7 +96,8 @@ def status() -> dict[str, str]:
         found[name] = (f"{version}" if version else "installed") if why is None else why
     found["ops_on_cpu"] = "C++ kernels" if has_extension("cpu") else "PyTorch's own ops"
     if torch.cuda.is_available():
-        found["ops_on_cuda"] = "Triton kernels" if has_triton() else "PyTorch's own ops"
+        names = {"triton": "Triton kernels", "extension": "CUDA C++ kernels", None: "PyTorch's own ops"}
+        found["ops_on_cuda"] = names[cuda_kernels()]
     found["bf16"] = (
         "fast" if is_bf16_fast("cuda" if torch.cuda.is_available() else "cpu") else "not fast on this machine"
     )

@@ -1,14 +1,119 @@
-"""y = LN(x) (1 + scale_b) + shift_b: layer norm without weights, modulated per sample."""
+"""y = LN(x)(1 + scale_b) + shift_b: layer norm without weights, modulated per sample.
+
+The mathematics is in reference/layer_norm_modulate.py; kernels: kernels/layer_norm_modulate.py (Triton) and
+csrc/layer_norm_modulate* (C++ and CUDA).
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from .checks import IS_FUSED, check_array, check_rows, output_dtype
+
+_OP = "layer_norm_modulate"
+_FWD = "(Tensor x, Tensor shift, Tensor scale, float eps, bool bf16_out) -> (Tensor, Tensor, Tensor)"
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool need_dx, bool need_modulation)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
-def eager(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def eager(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """The public style: `F.layer_norm`, then modulate."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-layer_norm_modulate = eager
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """y = LN(x)(1 + scale_b) + shift_b, in one pass over x.
+
+    x: (B, N, D) float32 or bfloat16, N >= 1, D <= 8192; rows of unit stride, a strided x is copied.
+    shift, scale: (B, D) float32 or bfloat16, any row stride: slices of one conditioning matrix.
+    Returns y: (B, N, D) in the autocast dtype where autocast is on, else in x's.
+    Raises InputError for other shapes, dtypes, devices or strides.
+    Precision: statistics and all sums in float32, one rounding to y's type; gradients likewise, one rounding each.
+    Deterministic, and independent of the number of threads. Saved for backward: x, scale, and 8 bytes a row.
+    """
+    check_rows(_OP, "x", x)
+    check_array(_OP, "shift", shift, x, "(B, D)")
+    check_array(_OP, "scale", scale, x, "(B, D)")
+    dtype = output_dtype(_OP, x)
+    if not IS_FUSED.get(x.device.type, False):
+        return eager(x, shift, scale, eps).to(dtype)
+    x = x.contiguous()
+    bf16_out = dtype == torch.bfloat16
+    if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
+        return _LayerNormModulate.apply(x, shift, scale, eps, bf16_out)
+    return torch.ops.sra2_fast.layer_norm_modulate_fwd(x, shift, scale, eps, bf16_out)[0]
+
+
+class _LayerNormModulate(torch.autograd.Function):
+    """Half the overhead of torch.library.register_autograd (7.6 against 16.5 us forward)."""
+
+    @staticmethod
+    def forward(ctx, x, shift, scale, eps, bf16_out):
+        y, mean, rstd = torch.ops.sra2_fast.layer_norm_modulate_fwd(x, shift, scale, eps, bf16_out)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        ctx.shift_dtype = shift.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale, mean, rstd = ctx.saved_tensors
+        need_dx, need_dshift, need_dscale = ctx.needs_input_grad[:3]
+        dx, dshift, dscale = torch.ops.sra2_fast.layer_norm_modulate_bwd(
+            dy.contiguous(), x, scale, mean, rstd, need_dx, need_dshift or need_dscale
+        )
+        return (
+            dx if need_dx else None,
+            dshift.to(ctx.shift_dtype) if need_dshift else None,
+            dscale if need_dscale else None,
+            None,
+            None,
+        )
+
+
+_library = torch.library.Library("sra2_fast", "FRAGMENT")
+for _suffix in ("", "_cuda"):  # _cuda: the C++ kernels of the extension, by their own name
+    _library.define(f"layer_norm_modulate_fwd{_suffix}{_FWD}")
+    _library.define(f"layer_norm_modulate_bwd{_suffix}{_BWD}")
+
+
+@torch.library.register_fake("sra2_fast::layer_norm_modulate_fwd", lib=_library)
+def _fwd_fake(x, shift, scale, eps, bf16_out):
+    y = torch.empty_like(x, dtype=torch.bfloat16 if bf16_out else torch.float32)
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return y, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("sra2_fast::layer_norm_modulate_bwd", lib=_library)
+def _bwd_fake(dy, x, scale, mean, rstd, need_dx, need_modulation):
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dshift = scale.new_empty(scale.shape if need_modulation else 0)
+    return dx, dshift, torch.empty_like(dshift)
+
+
+def _fwd_triton(x, shift, scale, eps, bf16_out):
+    from ..kernels import layer_norm_modulate as kernels
+
+    return kernels.layer_norm_modulate_fwd(x, shift, scale, eps, torch.bfloat16 if bf16_out else torch.float32)
+
+
+def _bwd_triton(dy, x, scale, mean, rstd, need_dx, need_modulation):
+    from ..kernels import layer_norm_modulate as kernels
+
+    dx, dshift, dscale = kernels.layer_norm_modulate_bwd(dy, x, scale, mean, rstd)
+    if not need_modulation:
+        dshift = dscale = scale.new_empty(0)
+    return dx if need_dx else x.new_empty(0), dshift.to(scale.dtype), dscale.to(scale.dtype)
+
+
+_CUDA = {
+    "triton": (_fwd_triton, _bwd_triton),
+    "extension": (torch.ops.sra2_fast.layer_norm_modulate_fwd_cuda, torch.ops.sra2_fast.layer_norm_modulate_bwd_cuda),
+}.get(backends.cuda_kernels())
+if _CUDA is not None:
+    _library.impl("layer_norm_modulate_fwd", _CUDA[0], "CUDA")
+    _library.impl("layer_norm_modulate_bwd", _CUDA[1], "CUDA")

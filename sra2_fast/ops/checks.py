@@ -1,0 +1,61 @@
+"""What every op asks of its tensors, in one form of words, and which devices have fused kernels.
+
+The kernels read rows of unit stride in float32 or bfloat16. Whatever else is given raises and names the way out: the
+eager implementation takes it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..errors import must_be, must_have_type
+
+MAX_ROW = 8192
+FLOATS = (torch.float32, torch.bfloat16)
+_WAY_OUT = 'implementation="eager" takes'
+
+# Asked once, at import: a backend does not come or go while a program runs.
+IS_FUSED = {"cpu": backends.has_extension("cpu"), "cuda": backends.cuda_kernels() is not None}
+
+
+def check_rows(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise InputError unless x is (B, N, D), N >= 1, 1 <= D <= 8192, float32 or bfloat16, unit last stride."""
+    if not isinstance(x, torch.Tensor):
+        raise must_have_type(op, name, "a tensor", type(x).__name__)
+    if x.dim() != 3:
+        raise must_be(op, name, "(B, N, D)", tuple(x.shape))
+    if x.shape[1] < 1:
+        raise must_be(op, name, "(B, N, D) with at least one row", tuple(x.shape))
+    if not 1 <= x.shape[2] <= MAX_ROW:
+        raise must_be(op, name, f"(B, N, D) with D from 1 to {MAX_ROW} ({_WAY_OUT} more)", tuple(x.shape))
+    _check_layout(op, name, x)
+
+
+def check_array(op: str, name: str, t: torch.Tensor, like: torch.Tensor, dims: str) -> None:
+    """The same for another argument: dims "(B, N, D)" or "(B, D)" of x = like, on the same device."""
+    if not isinstance(t, torch.Tensor):
+        raise must_have_type(op, name, "a tensor", type(t).__name__)
+    shape = like.shape if dims == "(B, N, D)" else (like.shape[0], like.shape[2])
+    if t.shape != shape:
+        raise must_be(op, name, f"{dims} = {tuple(shape)}", tuple(t.shape))
+    if t.device != like.device:
+        raise must_be(op, name, f"on {like.device} like x", t.device)
+    _check_layout(op, name, t)
+
+
+def _check_layout(op: str, name: str, t: torch.Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise must_have_type(op, name, f"float32 or bfloat16 ({_WAY_OUT} other floats)", t.dtype)
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise must_be(op, name, f"of stride 1 in its last dimension ({_WAY_OUT} others)", f"stride {t.stride(-1)}")
+
+
+def output_dtype(op: str, x: torch.Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on for x's device, else x's own."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype not in FLOATS:
+        raise must_have_type(op, "the autocast dtype", "bfloat16 (or float32)", dtype)
+    return dtype
