@@ -26,6 +26,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        is_new = not self.path.exists()
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self._metrics: IO[str] | None = None
@@ -44,6 +45,7 @@ class RunDirectory:
             raise InputError(f"train: --out {path} is in use by another process; choose another folder") from error
         except OSError:
             pass  # a file system without locks
+        self._is_new = is_new
         remove_partial_checkpoints(self.checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
@@ -57,7 +59,7 @@ class RunDirectory:
             temporary.rename(self.path / "config.json")
 
     def open_metrics(self, last_step: int) -> None:
-        """Open metrics.jsonl and tensorboard/ to go on after `last_step`; records of later steps, done again now, go."""
+        """Open metrics.jsonl and tensorboard/ to go on after `last_step`; records of later steps are dropped."""
         path = self.path / "metrics.jsonl"
         with self._disk_errors("metrics.jsonl"):
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
@@ -91,6 +93,9 @@ class RunDirectory:
         if self._scalars is not None:
             with contextlib.suppress(OSError):
                 self._scalars.close()
+        if self._is_new and [entry.name for entry in self.path.iterdir()] == [".lock"]:  # the run never began
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
         self._lock.close()
 
     @contextlib.contextmanager
