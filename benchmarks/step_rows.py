@@ -123,8 +123,7 @@ class TrainingStep:
         self.row, self.setting = row, setting
         build, sizes = model_arguments(setting.model)
         arguments = dict(sizes, learn_sigma=False, implementation=setting.implementation)
-        with torch.device("meta"):
-            plain = build(**arguments)
+        plain = plain_model(setting)
         grid = plain.input_size // plain.patch_size
         self.encoder: nn.Module | None = None
         self.loss_fn = SRA2Loss(align=None)
@@ -252,7 +251,7 @@ class TrainingStep:
         norm = grad_norm(self.sit)
         self.optimizer.zero_grad(set_to_none=True)
         limit = self.allowed_error()
-        for what, value, want in (("loss", float(got), want_loss), ("gradient norm", norm, want_norm)):
+        for what, value, want in (("loss", float(got.detach()), want_loss), ("gradient norm", norm, want_norm)):
             if not abs(value - want) <= limit * abs(want):  # written so that NaN fails
                 raise RuntimeError(
                     f"step_time: row {self.row}: {what} is {value:.6g}, a float32 eager model says {want:.6g}; "
@@ -315,6 +314,14 @@ def grad_norm(model: nn.Module) -> float:
 
 
 def check_setting(setting: Setting) -> None:
-    """Raises InputError for a precision that the device has not got."""
+    """Raises InputError for a precision that the device has not got, or a model that cannot be built."""
     if setting.precision == "tf32" and setting.device.type != "cuda":
         raise InputError("step_time: --precision tf32 is for a GPU; use fp32 or bf16 on the CPU")
+    plain_model(setting)
+
+
+def plain_model(setting: Setting) -> SiT:
+    """The setting's model without a projector and without memory, to ask it for its sizes."""
+    build, sizes = model_arguments(setting.model)
+    with torch.device("meta"):
+        return build(**sizes, learn_sigma=False, implementation=setting.implementation)

@@ -22,6 +22,7 @@ from step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
 from timing import Timing, append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
 from tqdm import tqdm
 
+from sra2_fast import backends
 from sra2_fast.errors import InputError, must_be
 
 WARMUP = 1
@@ -35,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="registry name or 'D,depth,heads,patch' [SiT-S/2; on a GPU SiT-XL/2]")
     parser.add_argument("--batch-size", type=int, help="images a step [4; on a GPU 32]")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    parser.add_argument("--implementation", choices=("eager", "fused"), help="[fused]")
+    parser.add_argument("--implementation", choices=("eager", "fused"), help="[fused where its kernels are there]")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--steps", type=int, help="timed rounds, one step of every row each [5; on a GPU 20]")
@@ -65,26 +66,31 @@ def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
             raise must_be("step_time", option, "1 or more", value)
     if args.plot and not args.json:
         raise InputError("step_time: --plot draws what --json FILE holds; give both")
-    precision = default_precision(device) if args.precision == "auto" else args.precision
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
     model = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
-    implementation = args.implementation or "fused"
-    if implementation == "fused":
-        require_fused(device)
+    implementation = chosen_implementation(args.implementation, device)
     setting = Setting(model, batch_size, precision, implementation, args.compile, device)
     check_setting(setting)
     return setting, list(dict.fromkeys(rows)), steps
 
 
-def default_precision(device: torch.device) -> str:
-    """bf16 where the machine is good at it: a GPU that has it, a CPU with avx512_bf16 or AMX; float32 elsewhere."""
+def chosen_implementation(asked: str | None, device: torch.device) -> str:
+    """`fused` where its kernels are there, else `eager`, with a line that says so.
+
+    Raises InputError where `fused` was asked for and is not there.
+    """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "fp32"
-
-
-def require_fused(device: torch.device) -> None:
-    """Raises InputError where no fused op exists for the device."""
+        is_there, what, found = backends.has_triton(), "Triton", backends.status()["triton"]
+    else:
+        is_there, what, found = backends.has_extension("cpu"), "the extension", backends.status()["cpu_extension"]
+    if is_there or asked == "eager":
+        return asked or "fused"
+    if asked == "fused":
+        raise InputError(f"step_time: --implementation fused on {device.type} needs {what}: {found}; use eager")
+    print(f"step_time: {what}: {found}; measuring --implementation eager", file=sys.stderr)
+    return "eager"
 
 
 def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, object]]:

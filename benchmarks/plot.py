@@ -1,0 +1,148 @@
+"""Plots of recorded benchmarks. They read JSON lines and nothing else: what is drawn was measured before, elsewhere.
+
+python benchmarks/plot.py step_time benchmarks/results/step_time.jsonl step_time.png
+python benchmarks/plot.py ops benchmarks/results/ops.jsonl ops.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sra2_fast.errors import InputError
+
+COLOURS = {"eager": "#9aa5b1", "compile": "#5b8db8", "fused": "#c8553d", "copy": "#3f7d58"}
+OTHER_COLOUR = "#8a6fa8"
+Record = dict[str, Any]
+
+
+def read_records(path: str | Path, keys: Iterable[str]) -> list[Record]:
+    """The JSON lines of a file that have all `keys`.
+
+    Raises InputError: no such file, a broken line, none with the keys.
+    """
+    path, keys = Path(path), tuple(keys)
+    if not path.exists():
+        raise InputError(f"plot: {path} does not exist; a benchmark writes it with --json {path}")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"plot: {path}, line {number}: not JSON ({error.msg})") from error
+    records = [one for one in records if isinstance(one, dict) and all(key in one for key in keys)]
+    if not records:
+        raise InputError(f"plot: {path} has no line with {', '.join(keys)}")
+    return records
+
+
+def newest_of_each(records: list[Record], keys: tuple[str, ...]) -> list[Record]:
+    """The last record of each combination of `keys`, in order of first appearance."""
+    return list({tuple(str(one.get(key)) for key in keys): one for one in records}.values())
+
+
+def plot_step_time(source: str | Path, target: str | Path) -> None:
+    """One group of bars a setting, one bar a row: median ms a step, the 20-80 % range, the overhead written on top.
+
+    Raises InputError for a file that cannot be read or written.
+    """
+    records = read_records(source, ("row", "model", "ms_median", "ms_p20", "ms_p80"))
+    setting = ("model", "batch_size", "implementation", "precision", "compiled", "device")
+    records = newest_of_each(records, (*setting, "row"))
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for one in records:
+        groups.setdefault(tuple(str(one.get(key)) for key in setting), []).append(one)
+    figure, axes = _axes(len(groups), height=2.6)
+    for axis, members in zip(axes, groups.values(), strict=True):
+        first = members[0]
+        medians = [one["ms_median"] for one in members]
+        ranges = [
+            [one["ms_median"] - one["ms_p20"] for one in members],
+            [one["ms_p80"] - one["ms_median"] for one in members],
+        ]
+        colour = COLOURS.get(first.get("implementation", ""), OTHER_COLOUR)
+        axis.barh([one["row"] for one in members], medians, xerr=ranges, color=colour, ecolor="#333333", capsize=2)
+        for place, one in enumerate(members):
+            overhead = one.get("overhead_percent")
+            text = f"{one['ms_median']:.0f} ms" + (f", {overhead:+.1f} %" if overhead is not None else "")
+            axis.text(one["ms_p80"], place, "  " + text, va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.3 * max(one["ms_p80"] for one in members))
+        compiled = ", compiled" if first.get("compiled") else ""
+        axis.set_title(
+            f"{first['model']}, batch {first.get('batch_size')}, {first.get('implementation')}, "
+            f"{first.get('precision')}{compiled}, {first.get('device')}",
+            fontsize=9,
+        )
+        axis.set_xlabel("ms a training step (median, 20-80 %)", fontsize=8)
+    _save(figure, target)
+
+
+def plot_ops(source: str | Path, target: str | Path) -> None:
+    """One panel a case of an op, one bar a variant: the median time.
+
+    Raises InputError for a file that cannot be read or written.
+    """
+    records = read_records(source, ("op", "variant", "shape", "dtype", "direction", "ms_median"))
+    case = ("op", "shape", "dtype", "direction", "device")
+    records = newest_of_each(records, (*case, "variant"))
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for one in records:
+        groups.setdefault(tuple(str(one.get(key)) for key in case), []).append(one)
+    figure, axes = _axes(len(groups), height=1.7)
+    for axis, (name, members) in zip(axes, groups.items(), strict=True):
+        colours = [COLOURS.get(one["variant"], OTHER_COLOUR) for one in members]
+        axis.barh([one["variant"] for one in members], [one["ms_median"] for one in members], color=colours)
+        axis.invert_yaxis()
+        axis.set_title(" ".join(name), fontsize=8)
+        axis.set_xlabel("ms", fontsize=8)
+    _save(figure, target)
+
+
+def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(count, 1, figsize=(7.5, height * count), squeeze=False, layout="constrained")
+    return figure, list(axes[:, 0])
+
+
+def _save(figure: Any, target: str | Path) -> None:
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(target, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"plot: cannot write {target}: {error}") from error
+    finally:
+        pyplot.close(figure)
+
+
+PLOTS = {"step_time": plot_step_time, "ops": plot_ops}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line."""
+    parser = argparse.ArgumentParser(prog="plot", description="Draw recorded benchmarks.")
+    parser.add_argument("kind", choices=tuple(PLOTS))
+    parser.add_argument("source", help="JSON lines")
+    parser.add_argument("target", help="PNG or SVG to write")
+    args = parser.parse_args(argv)
+    try:
+        PLOTS[args.kind](args.source, args.target)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
