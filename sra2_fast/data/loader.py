@@ -114,13 +114,13 @@ def make_loader(
         sampler=range(start_step, start_step + num_steps),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_trainer,
+        worker_init_fn=ignore_interrupts,
         # DataLoader seeds its workers from a generator: ours, so that torch's global one is left as it was.
         generator=torch.Generator().manual_seed(0),
         prefetch_factor=4 if num_workers else None,
     )
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer still wants its batches while it saves and leaves."""
+def ignore_interrupts(worker: int) -> None:
+    """For worker processes: Ctrl-C reaches the whole group, and the main process decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

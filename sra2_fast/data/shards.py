@@ -25,6 +25,7 @@ from .files import write_whole
 from .source import LatentSource
 
 INDEX_FILE = "index.json"
+SHARD_PATTERN = "latents-*-of-*.safetensors"
 FORMAT = "sra2_fast latents"
 VERSION = 1
 BLOCK_SIZE = 256  # samples: 8 MB of SD-VAE moments, enough for a disk to read at full speed
@@ -103,7 +104,7 @@ def write_index(folder: Path, shards: list[Shard], **about: Any) -> None:
 
 def is_shards(folder: Path) -> bool:
     """Whether `folder` holds this format, finished or not."""
-    return (folder / INDEX_FILE).is_file() or any(folder.glob("latents-*-of-*.safetensors"))
+    return (folder / INDEX_FILE).is_file() or any(folder.glob(SHARD_PATTERN))
 
 
 class ShardSource(LatentSource):

@@ -1,0 +1,204 @@
+"""`sra2-fast prepare`: a folder of images, encoded once with a frozen autoencoder, into latents to train on.
+
+The images are laid out in a shuffled order (so that a block of neighbours on disk mixes the classes) and cut into
+shards. A shard is encoded in the same batches whatever was done before, and knows from which images and options it was
+made. So a run that was killed is continued by the same command and ends with the same bytes, and on a finished folder
+the same command checks every checksum and makes damaged shards anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, must_be
+
+if TYPE_CHECKING:
+    from .data.encode import EncodeOptions
+    from .data.images import ImageList
+    from .data.shards import Shard, ShardSource
+
+PLAN_FILE = "prepare.json"
+MAX_WORKERS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sra2-fast prepare`."""
+    parser.add_argument("--images", metavar="FOLDER", help="a subfolder of PNG or JPEG files for every class")
+    parser.add_argument("--vae", metavar="NAME_OR_PATH", help="diffusers AutoencoderKL: a hub name or a local folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the latents go; the same again continues")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the square images (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded together (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (cuda if there is one)")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images in a shard (%(default)s: 134 MB)")
+    parser.add_argument("--num-workers", type=int, default=None, help="processes that read images (up to 8)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
+    parser.add_argument("--verify", action="store_true", help="only compare the finished latents with their checksums")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode what is missing in --out. 0 when it is whole, 130 after Ctrl-C; raises InputError for bad input."""
+    from .data.shards import ShardSource
+
+    out = Path(args.out)
+    if args.verify:
+        source = ShardSource(out)
+        source.verify()
+        print(f"all checksums right: {_summary(source)} in {out}")
+        return 0
+    return _prepare(args, out)
+
+
+def _prepare(args: argparse.Namespace, out: Path) -> int:
+    from .data.encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
+    from .data.files import make_folder
+    from .data.images import list_images
+    from .data.shards import INDEX_FILE, ShardSource, finished_shard
+    from .data.vae import load_vae
+
+    _check_options(args)
+    images = list_images(Path(args.images))
+    device, precision = _device_and_precision(args)
+    vae = load_vae(args.vae, device)
+    shape = latent_shape(vae, args.image_size)
+    options = EncodeOptions(
+        str(images.folder.resolve()), args.vae, args.image_size, args.batch_size, precision, args.shard_size
+    )
+    make_folder(out)
+    _keep_to_plan(out, options, images)
+    jobs = shard_jobs(images, options)
+    shards = {job.number: shard for job in jobs if (shard := finished_shard(out, job.name, job.key)) is not None}
+    todo = [job for job in jobs if job.number not in shards]
+    if todo:
+        (out / INDEX_FILE).unlink(missing_ok=True)
+    workers = min(MAX_WORKERS, os.cpu_count() or 1) if args.num_workers is None else args.num_workers
+    encoding = encode_shards(out, images, vae, options, todo, num_workers=workers, skip_unreadable=args.skip_unreadable)
+    try:
+        for job, shard in encoding:
+            shards[job.number] = shard
+    except KeyboardInterrupt:
+        print(
+            f"\nsra2-fast prepare: interrupted with {len(shards)} of {len(jobs)} shards finished; "
+            "run the same command again to continue",
+            file=sys.stderr,
+        )
+        return 130
+    in_order = [shards[job.number] for job in jobs]
+    if not any(shard.samples for shard in in_order):
+        raise InputError(f"prepare: none of the {len(images.files)} images in {images.folder} can be read")
+    if not (out / INDEX_FILE).is_file():
+        _finish(out, in_order, images, vae, options, shape)
+    how = "" if todo else "already complete, all checksums right: "
+    print(f"{how}{_summary(ShardSource(out))} in {out}; train on them with sra2-fast train --data {out}")
+    return 0
+
+
+def _finish(
+    out: Path, shards: list[Shard], images: ImageList, vae: Any, options: EncodeOptions, shape: tuple[int, int, int]
+) -> None:
+    """Say what was left out, remove shards of an earlier list of images, and write the index."""
+    from .data.encode import UNREADABLE_FILE, name_some
+    from .data.files import write_whole
+    from .data.shards import SHARD_PATTERN, write_index
+    from .data.vae import normalisation
+
+    unreadable = [name for shard in shards for name in shard.unreadable]
+    (out / UNREADABLE_FILE).unlink(missing_ok=True)
+    if unreadable:
+        write_whole(out / UNREADABLE_FILE, "".join(f"{name}\n" for name in unreadable).encode())
+        print(f"left out {len(unreadable)} unreadable images: {name_some(unreadable)}; see {out / UNREADABLE_FILE}")
+    current = {shard.file for shard in shards}
+    for path in out.glob(SHARD_PATTERN):
+        if path.name not in current:
+            path.unlink()
+    about = normalisation(vae)
+    recorded = {key: value for key, value in vars(about).items() if key != "channels"}
+    write_index(
+        out,
+        shards,
+        shape=list(shape),
+        num_classes=len(images.class_names),
+        class_names=images.class_names,
+        shift=[float(value) for value in about.shift],
+        scale=[float(value) for value in about.scale],
+        vae={"name": options.vae, "downsample_factor": options.image_size // shape[-1], **recorded},
+        prepared_from=vars(options),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "pillow")},
+    )
+
+
+def _keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
+    """Refuse to mix two data sets in one folder: prepare.json remembers what it was begun with.
+
+    As long as it is not finished the list of images may change (unreadable ones get removed); afterwards not.
+    """
+    from .data.files import write_whole
+    from .data.shards import INDEX_FILE, is_shards
+
+    path = out / PLAN_FILE
+    listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
+    plan = {**vars(options), "listing": listing}
+    if path.is_file():
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"prepare: {path} cannot be read ({error}); remove it or give another --out") from error
+        for name, value in vars(options).items():
+            if before.get(name) != value:
+                option = "--" + name.replace("_", "-")
+                raise InputError(
+                    f"prepare: {out} was begun with {option} {before.get(name)}, not {value}; give another --out"
+                )
+        if before.get("listing") != listing and (out / INDEX_FILE).is_file():
+            raise InputError(
+                f"prepare: {out} is finished, and {images.folder} holds other images now; "
+                f"give another --out, or remove {out / INDEX_FILE} to make it anew"
+            )
+    elif is_shards(out):
+        raise InputError(f"prepare: --out {out} holds latents of another origin; give another folder")
+    write_whole(path, json.dumps(plan, indent=1).encode())
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for name in ("images", "vae"):
+        if not getattr(args, name):
+            raise InputError(f"prepare: --{name} is missing")
+    for name, least in (("image_size", 1), ("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise must_be("prepare", "--" + name.replace("_", "-"), f"{least} or more", value)
+
+
+def _device_and_precision(args: argparse.Namespace) -> tuple[str, str]:
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"prepare: --device {device} cannot be used ({reason}); try --device cpu") from error
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if device.startswith("cuda") else "fp32"
+    return device, precision
+
+
+def _summary(source: ShardSource) -> str:
+    shape = "x".join(str(size) for size in source.shape)
+    return f"{source.num_samples} latents of {shape}, {source.num_classes} classes, {len(source.shards)} shards"
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["prepare", *sys.argv[1:]]))
