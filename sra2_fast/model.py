@@ -233,7 +233,7 @@ class SiT(nn.Module):
             return tokens
         b, n, _ = tokens.shape
         pixels = tokens.view(b, n, self.patch_size**2, self.out_channels)
-        return pixels[..., : self.in_channels].reshape(b, n, -1)
+        return pixels[..., : self.in_channels].flatten(2)
 
     def forward_with_cfg(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float, channels: int | None = 3
