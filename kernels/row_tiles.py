@@ -1,0 +1,177 @@
+"""How the normalisation kernels cover rows of D columns, and the few steps they share.
+
+Triton's blocks are powers of two, and SiT-XL's D = 1152 padded to 2048 would leave 44 % of the lanes idle. A row is
+therefore two tiles: the largest power of two in D, and the rest rounded up to a power of two. 384, 768, 1152 and 2304
+come out exact, and no D wastes more than a third.
+
+A tile is a (chunks, rows, lanes) block. The compiler hands the last axis to the threads first, the middle axis to the
+warps, and keeps the first in registers: with `lanes` what one warp moves in one 16-byte access each, a warp owns whole
+rows and a row's sum needs shuffles only, no shared memory and no barrier. Where a row is too long for the registers of
+one warp, `lanes` widens over several.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+WARP = 32
+VECTOR_BYTES = 16
+MAX_COLUMNS = 8192
+ASSUMED_MULTIPROCESSORS = 132  # an H100 or H200; used where there is no device to ask
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """The blocks of one kernel: a program holds `rows` rows at once, each `main` and then `tail` (0: none) columns."""
+
+    main: int
+    tail: int
+    lanes: int
+    rows: int
+    num_warps: int
+
+    def constexprs(self) -> dict[str, int]:
+        """The keyword arguments every row kernel takes."""
+        return {
+            "MAIN": self.main,
+            "TAIL": self.tail,
+            "LANES": self.lanes,
+            "TAIL_LANES": min(self.lanes, max(self.tail, 1)),
+            "ROWS": self.rows,
+            "num_warps": self.num_warps,
+        }
+
+
+def split_columns(D: int) -> tuple[int, int]:
+    """(main, tail): powers of two, tail possibly 0, with main + tail >= D and the least padding two tiles allow."""
+    main = 1 << (D.bit_length() - 1)
+    tail = triton.next_power_of_2(D - main) if D > main else 0
+    return (2 * main, 0) if tail == main else (main, tail)
+
+
+def choose_tiles(rows: int, D: int, dtype: torch.dtype, columns_per_thread: int, num_warps: int) -> RowTiles:
+    """Tiles in which a thread holds at most `columns_per_thread` columns, all rows of the program counted.
+
+    rows: how many rows there are in all; few rows make small programs, so that they spread over the device.
+    dtype: the narrowest type the kernel moves: its 16-byte access sets how many columns a warp covers at once.
+    """
+    if not 1 <= D <= MAX_COLUMNS:
+        raise ValueError(f"row_tiles: D must be from 1 to {MAX_COLUMNS}, got {D}")
+    main, tail = split_columns(D)
+    warps_per_row = 1
+    while main + tail > columns_per_thread * WARP * warps_per_row:
+        warps_per_row *= 2
+    num_warps = max(num_warps, warps_per_row)
+    while num_warps > warps_per_row and rows * warps_per_row < ASSUMED_MULTIPROCESSORS * num_warps:
+        num_warps //= 2
+    lanes = WARP * VECTOR_BYTES // dtype.itemsize * warps_per_row
+    return RowTiles(main, tail, min(lanes, main), num_warps // warps_per_row, num_warps)
+
+
+def cut_samples(B: int, N: int, rows: int, programs: int) -> tuple[int, int]:
+    """(slices, slice_rows): cut the N tokens of each of B samples so that about `programs` programs share them all.
+
+    slice_rows is a multiple of `rows`, so only a sample's last program meets a masked row.
+    """
+    wanted = max(1, min(programs // max(B, 1), triton.cdiv(N, rows)))
+    slice_rows = triton.cdiv(triton.cdiv(N, wanted), rows) * rows
+    return triton.cdiv(N, slice_rows), slice_rows
+
+
+def narrowest(*tensors: torch.Tensor) -> torch.dtype:
+    """The smallest element type among tensors."""
+    return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a device."""
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def tile_columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """(WIDTH // LANES, 1, LANES) column numbers, FIRST the lowest."""
+    chunk = tl.arange(0, WIDTH // LANES)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    return FIRST + chunk * LANES + lane
+
+
+@triton.jit
+def tile_mask(in_rows, columns, PADDED: tl.constexpr, D: tl.constexpr):
+    """(chunks, rows, lanes) of what exists; columns are compared only in a padded tile, for exact ones it is free."""
+    if PADDED:
+        return in_rows & (columns < D)
+    else:
+        return in_rows & (columns >= 0)
+
+
+@triton.jit
+def row_sum(tile):
+    """(chunks, rows, lanes) -> (1, rows, 1): within each thread first, then across the lanes."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)[None, :, None]
+
+
+@triton.jit
+def row_sums(a, b):
+    """Both row sums of (chunks, rows, lanes) tiles as (rows, 2): one exchange between warps instead of two."""
+    return tl.sum(tl.sum(tl.join(a, b), axis=0), axis=1)
+
+
+@triton.jit
+def store_row(pointer, row, value, in_rows):
+    """Store one number a row. The first lane of each row does it, where the value already is: a (rows,) store would
+    take a layout of its own, and a trip through shared memory to reach it."""
+    lane = tl.arange(0, 32)[None, None, :]
+    tl.store(pointer + row + lane * 0, value + lane * 0.0, mask=in_rows & (lane == 0))
+
+
+@triton.jit
+def store_slice(pointer, tile, columns, D: tl.constexpr):
+    """Sum a (chunks, rows, lanes) accumulator over its rows and store the D columns."""
+    tl.store(pointer + columns, tl.sum(tile, axis=1)[:, None, :], mask=columns < D)
+
+
+@triton.jit
+def _sum_slices_kernel(
+    partial_ptr, first_ptr, second_ptr, third_ptr, slices, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    sample = tl.program_id(1).to(tl.int64)
+    which = tl.program_id(2)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    first = (which.to(tl.int64) * tl.num_programs(1) + sample) * slices
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for start in range(0, slices, BLOCK_S):
+        piece = start + tl.arange(0, BLOCK_S)[:, None]
+        mask = (piece < slices) & (column < D)
+        total += tl.load(partial_ptr + (first + piece) * D + column, mask=mask, other=0.0)
+    result = tl.sum(total, axis=0)[None, :]
+    if which == 0:
+        tl.store(first_ptr + sample * D + column, result, mask=column < D)
+    if which == 1:
+        tl.store(second_ptr + sample * D + column, result, mask=column < D)
+    if which == 2:
+        tl.store(third_ptr + sample * D + column, result, mask=column < D)
+
+
+def sum_slices(partial: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """partial: (2 or 3, B, slices, D) float32 -> as many (B, D) float32 sums over the slices, in one launch.
+
+    Separate tensors, not views of one: outputs of a registered op must not alias. The order of the sum is fixed.
+    """
+    count, B, slices, D = partial.shape
+    sums = tuple(torch.empty((B, D), device=partial.device, dtype=torch.float32) for _ in range(count))
+    block_d = min(128, triton.next_power_of_2(D))
+    block_s = min(16, triton.next_power_of_2(slices))
+    grid = (triton.cdiv(D, block_d), B, count)
+    _sum_slices_kernel[grid](
+        partial, sums[0], sums[1], sums[-1], slices, D=D, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4
+    )
+    return sums
