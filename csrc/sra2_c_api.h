@@ -95,6 +95,31 @@ SRA2_API int32_t sra2_global_norm_cpu(int64_t tensors, const sra2_flat* grads, f
 SRA2_API int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* table,
                                          sra2_adamw_ema_settings settings, float norm, sra2_parallel parallel);
 
+enum { SRA2_LINEAR = 0, SRA2_COSINE_PATH = 1 };
+enum { SRA2_COSINE = 0, SRA2_SMOOTH_L1 = 1, SRA2_MSE = 2, SRA2_L1 = 3 };
+/* B samples of N tokens; hidden: (B N, K) and weight: (P, K), bias: (P), all of one dtype; velocity and dvelocity: (B N, P)
+   of one dtype; dp: (B N, P) of hidden's. latents, noise: (B, C, H, width); t: (B). Everything contiguous, P <= 256. */
+typedef struct {
+  int64_t B, N, K, P, C, H, width, patch_size;
+  const void *hidden, *weight, *bias, *velocity;
+  const float *latents, *noise, *t;
+  void *dvelocity, *dp;
+  int32_t hidden_dtype, velocity_dtype, path, align;
+  float beta, eps;
+} sra2_loss;
+SRA2_API int32_t sra2_alignment_velocity_loss_fwd_cpu(const sra2_loss* args, float* velocity_loss, float* align_loss,
+                                                      sra2_parallel parallel);
+/* hidden, weight, dp: rows = B N, one dtype, contiguous; dweight, dbias float32. Each of the three outputs may be null. */
+typedef struct {
+  int64_t rows, K, P;
+  const void *hidden, *weight, *dp;
+  float scale;
+  void* dhidden;
+  float *dweight, *dbias;
+  int32_t dtype;
+} sra2_loss_bwd;
+SRA2_API int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_parallel parallel);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,70 @@
+// Threads over the tokens of alignment_velocity_loss, and over the columns of its weight gradient.
+#include "alignment_velocity_loss.h"
+
+#include <stdlib.h>
+
+namespace sra2 {
+
+SRA2_DISPATCH(LossKernels, loss_kernels)
+
+// Columns of dW a piece of work holds: 64 rows of them fit the first-level cache, and SiT-B's 1536 still feed 24 threads.
+constexpr int64_t COLUMNS = 64;
+
+// Pieces worth a thread of their own: below about 256 Ki products a second thread costs more than it saves.
+static int64_t grain(int64_t products_a_piece) { return 1 + 262144 / (products_a_piece + 1); }
+
+}  // namespace sra2
+
+using namespace sra2;
+
+int32_t sra2_alignment_velocity_loss_fwd_cpu(const sra2_loss* args, float* velocity_loss, float* align_loss,
+                                             sra2_parallel parallel) {
+  const sra2_loss& a = *args;
+  const LossKernels& kernels = loss_kernels();
+  const Pieces pieces(a.B, a.N);
+  double* sums = static_cast<double*>(calloc(static_cast<size_t>(pieces.count() * 2 + 1), sizeof(double)));
+  if (!sums) return 1;
+  const int64_t products = (a.N / pieces.per_sample + 1) * a.K * a.P;
+  const int32_t error = parallel_for(parallel, pieces.count(), grain(products), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.fwd(a, pieces.sample(i), pieces.first_row(i), pieces.end_row(i), sums + 2 * i);
+  });
+  double velocity = 0, align = 0;
+  for (int64_t i = 0; i < pieces.count(); ++i) {
+    velocity += sums[2 * i];
+    align += sums[2 * i + 1];
+  }
+  free(sums);
+  const double tokens = static_cast<double>(a.B * a.N), elements = tokens * static_cast<double>(a.P);
+  *velocity_loss = static_cast<float>(velocity / elements);  // no token at all: 0 / 0, as the mean of nothing is
+  *align_loss = static_cast<float>(align / (a.align == SRA2_COSINE ? tokens : elements));
+  return error;
+}
+
+int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_parallel parallel) {
+  const sra2_loss_bwd& a = *args;
+  const LossKernels& kernels = loss_kernels();
+  int32_t error = 0;
+  if (a.dhidden)
+    error = parallel_for(parallel, a.rows, grain(a.K * a.P), [&](int64_t begin, int64_t end) {
+      kernels.dhidden(a, begin, end);
+    });
+  bool out_of_memory = false;
+  const int64_t pieces = a.dweight ? (a.K + COLUMNS - 1) / COLUMNS : 0, work = pieces + (a.dbias ? 1 : 0);
+  if (!error && work)
+    error = parallel_for(parallel, work, grain(COLUMNS * a.rows * a.P), [&](int64_t begin, int64_t end) {
+      Floats scratch(a.P * COLUMNS);
+      if (!scratch.data) {
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * COLUMNS, last = first + COLUMNS;
+        if (i == pieces)
+          kernels.dbias(a);
+        else
+          kernels.dweight(a, first, last < a.K ? last : a.K, scratch.data);
+      }
+    });
+  return out_of_memory ? 1 : error;
+}
