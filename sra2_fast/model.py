@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError, must_be
 from .layers.block import Edge, FinalLayer, SiTBlock
-from .layers.checks import check_arguments, check_inputs, check_spellings
+from .layers.checks import check_arguments, check_guidance, check_inputs, check_spellings
 from .layers.conditioning import LabelEmbedder, TimestepEmbedder
 from .layers.patch_embedding import PatchEmbed, sincos_positions
 from .layers.projector import build_projector
@@ -210,7 +210,7 @@ class SiT(nn.Module):
         tap: also return the tokens after this block; stop: run nothing after it.
         Returns (velocity tokens (B, N, P) or None after a stop, tapped tokens (B, N, D) or None).
         """
-        check_inputs(self, x, t, y)
+        check_inputs(self, x, t, y, force_drop_ids)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
         hidden = None
@@ -241,9 +241,11 @@ class SiT(nn.Module):
         """Classifier-free guidance: v = v_null + cfg_scale (v_label - v_null) (arXiv 2207.12598, Eq. 6).
 
         x, t, y: batches of 2B - y holds the labels, then the null labels; x's second half is ignored.
-        channels: guide the first so many only (3: the SiT repository), or all with None (REPA and SRA).
+        channels: guide the first so many only (3: the SiT repository, fewer where the latent has fewer), or all with
+            None (REPA and SRA).
         Returns (2B, C, H, W), the guided channels equal in both halves.
         """
+        check_guidance(self, x, channels)
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         out = out[0] if isinstance(out, tuple) else out  # the models of compat return more

@@ -65,9 +65,13 @@ def check_spellings(spellings: dict[str, Any], hidden_size: int, align_depth: in
     return align_depth
 
 
-def check_inputs(model: Any, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
-    """Raise InputError unless x (B, C, H, W), t (B,) and y (B,) fit the model; labels are checked on the CPU only,
-    where looking at them costs no synchronisation."""
+def check_inputs(
+    model: Any, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, force_drop_ids: torch.Tensor | None = None
+) -> None:
+    """Raise InputError unless x (B, C, H, W), t (B,), y (B,) and force_drop_ids (B,) fit the model.
+
+    Values are looked at on the CPU only, where that costs no synchronisation.
+    """
     size = model.input_size
     if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
         raise must_be("SiT", "x", f"(B, {model.in_channels}, {size}, {size})", tuple(x.shape))
@@ -81,11 +85,27 @@ def check_inputs(model: Any, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) 
         raise must_be("SiT", "y", f"(B,) = {tuple(x.shape[:1])}", tuple(y.shape))
     if y.is_floating_point() or y.dtype == torch.bool:
         raise must_have_type("SiT", "y", "an integer tensor of labels", y.dtype)
-    if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+    if force_drop_ids is not None and force_drop_ids.shape != x.shape[:1]:
+        raise must_be("SiT", "force_drop_ids", f"(B,) = {tuple(x.shape[:1])}", tuple(force_drop_ids.shape))
+    if torch.compiler.is_compiling() or not y.numel():
+        return
+    if y.is_cpu:
         rows = model.y_embedder.embedding_table.num_embeddings
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= rows:
             raise must_be("SiT", "y", f"labels from 0 to {rows - 1}", low if low < 0 else high)
+    has_null_label = model.class_dropout_prob > 0
+    if force_drop_ids is not None and not has_null_label and force_drop_ids.is_cpu and force_drop_ids.any():
+        expected = "None or all zero in a model without a null label (class_dropout_prob = 0)"
+        raise must_be("SiT", "force_drop_ids", expected, force_drop_ids.tolist())
+
+
+def check_guidance(model: Any, x: torch.Tensor, channels: int | None) -> None:
+    """Raise InputError unless the batch has two halves and `channels` of the latent exist."""
+    if len(x) % 2:
+        raise must_be("SiT", "x", "an even batch (labels, then null labels)", len(x))
+    if channels is not None and channels != 3 and not 1 <= channels <= model.in_channels:
+        raise must_be("SiT", "channels", f"None or from 1 to {model.in_channels}", channels)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
