@@ -162,7 +162,8 @@ class ShardSource(LatentSource):
             first, end = block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, self.num_samples)
             for number in range(self._shard_of(first), self._shard_of(end - 1) + 1):
                 start, samples = self._starts[number], self.shards[number].samples
-                self._file(number).read_ahead(max(first - start, 0), min(end - start, samples))
+                if samples:  # posix_fadvise takes a length of 0 for "to the end of the file"
+                    self._file(number).read_ahead(max(first - start, 0), min(end - start, samples))
 
     def verify(self) -> None:
         """Compare every shard with its checksum in the index. Raises InputError naming the damaged one."""

@@ -1,0 +1,278 @@
+"""The project's own format: written whole or not at all, read through maps, and every kind of damage named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sra2_fast.data import make_loader, open_data
+from sra2_fast.data import shards as shards_module
+from sra2_fast.data.files import make_folder, write_whole
+from sra2_fast.data.shards import ShardSource, finished_shard, shard_name, write_index, write_shard
+from sra2_fast.errors import InputError
+
+COUNTS = (5, 0, 7)  # a shard may be empty: all its images were unreadable
+SHAPE = (3, 4, 2)
+
+
+def write_data(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Three shards and their index; returns all moments and labels."""
+    draws = np.random.default_rng(0)
+    moments = draws.standard_normal((sum(COUNTS), 2 * SHAPE[0], *SHAPE[1:])).astype(np.float32)
+    labels = draws.integers(0, 4, sum(COUNTS))
+    written, start = [], 0
+    for number, count in enumerate(COUNTS):
+        part = slice(start, start + count)
+        written.append(write_shard(folder, shard_name(number, 3), moments[part], labels[part], f"key {number}"))
+        start += count
+    write_index(
+        folder,
+        written,
+        shape=list(SHAPE),
+        num_classes=4,
+        class_names=list("abcd"),
+        shift=[0.5, -1.0, 2.0],
+        scale=[2.0, 0.25, 1.0],
+        vae={"name": "some/vae"},
+    )
+    return moments, labels
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    moments, labels = write_data(tmp_path)
+    source = open_data(tmp_path)
+    assert (source.num_samples, source.num_classes, source.shape) == (12, 4, SHAPE)
+    assert source.has_posterior and source.class_names == list("abcd")
+    indices = np.array([11, 0, 4, 5, 5, 6])
+    got, got_labels = source.read(indices)
+    assert (got == moments[indices]).all() and got.dtype == np.float32 and got.flags.writeable
+    assert (got_labels == labels[indices]).all() and got_labels.dtype == np.int64
+    info = source.decode_info()
+    assert (info.kind, info.vae, info.shift.tolist()) == ("vae", "some/vae", [0.5, -1.0, 2.0])
+
+
+def test_normalisation_is_per_channel(tmp_path: Path) -> None:
+    moments, _ = write_data(tmp_path)
+    source = open_data(tmp_path)
+    eps = np.random.default_rng(1).standard_normal((12, *SHAPE)).astype(np.float32)
+    z = source.latents(moments, eps)
+    want = moments[:, :3].astype(np.float64) + moments[:, 3:] * eps
+    for channel, (shift, scale) in enumerate([(0.5, 2.0), (-1.0, 0.25), (2.0, 1.0)]):
+        np.testing.assert_allclose(z[:, channel], (want[:, channel] - shift) * scale, rtol=1e-6, atol=1e-6)
+    means = source.latents(moments, None)
+    np.testing.assert_allclose(means[:, 1], (moments[:, 1] + 1.0) * 0.25, rtol=1e-6, atol=1e-6)
+
+
+def test_other_tools_can_read_the_shards(tmp_path: Path) -> None:
+    moments, labels = write_data(tmp_path)
+    tensors = load_file(tmp_path / "latents-00002-of-00003.safetensors")
+    assert (tensors["moments"] == moments[5:]).all() and (tensors["labels"] == labels[5:]).all()
+
+
+def test_moments_are_mapped_not_loaded(folder: Path) -> None:
+    source = open_data(folder)
+    assert isinstance(source, ShardSource)
+    assert isinstance(source._file(0).moments(), np.memmap)
+    assert len(pickle.dumps(source)) < 4096  # a worker process gets names, not arrays
+    again = pickle.loads(pickle.dumps(source))
+    assert (again.read(np.arange(12))[0] == source.read(np.arange(12))[0]).all()
+
+
+def test_batches_from_shards_with_and_without_workers(folder: Path) -> None:
+    source = open_data(folder)
+    for workers in (0, 1):
+        batches = list(make_loader(source, batch_size=6, seed=1, num_steps=2, num_workers=workers))
+        assert sorted(batches[0].labels.tolist() + batches[1].labels.tolist()) == sorted(source.read(np.arange(12))[1])
+
+
+def test_reading_ahead_covers_each_block_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "BLOCK_SIZE", 4)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append((offset, length)))
+    source = open_data(folder)
+    source.will_need(np.array([3, 9, 2, 4, 8]))  # blocks 0..3, 4..7 (crosses the empty shard) and 8..11
+    row = 2 * SHAPE[0] * SHAPE[1] * SHAPE[2] * 4
+    assert [length // row for _, length in asked] == [4, 1, 3, 4]
+    first, last = source._file(0).moments(), source._file(2).moments()
+    assert [offset for offset, _ in asked] == [
+        first.offset,
+        first.offset + 4 * row,
+        last.offset,
+        last.offset + 3 * row,
+    ]
+
+
+def test_a_finished_shard_is_recognised_and_a_changed_one_is_not(folder: Path) -> None:
+    name = shard_name(0, 3)
+    found = finished_shard(folder, name, "key 0")
+    assert found is not None and found.samples == 5
+    assert finished_shard(folder, name, "another key") is None
+    assert finished_shard(folder, shard_name(7, 9), "key 0") is None
+    _flip_a_byte(folder / name)
+    assert finished_shard(folder, name, "key 0") is None
+
+
+# Damage
+
+
+def _flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def _edit_index(folder: Path, **changes: object) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, **changes}))
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        open_data(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_a_wrong_and_an_empty_path(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere does not exist; give `digits` or a folder of latents")
+    refused(tmp_path, "is empty; make latents with sra2-fast prepare --images")
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path, "holds no known layout .sra2-fast shards, REPA/SRA vae-sd.; make latents with sra2-fast prepare")
+    refused(tmp_path / "notes.txt", "notes.txt is a file; give the folder")
+
+
+def test_an_unfinished_folder(folder: Path) -> None:
+    (folder / "index.json").unlink()
+    refused(folder, "has no index.json, so it is not finished; run the same sra2-fast prepare again")
+
+
+def test_a_truncated_shard(folder: Path) -> None:
+    path = folder / shard_name(2, 3)
+    size = path.stat().st_size
+    os.truncate(path, size - 100)
+    refused(folder, f"00002-of-00003.safetensors is truncated or was changed: {size - 100} bytes instead of {size}")
+    os.truncate(path, 3)
+    assert finished_shard(folder, path.name, "key 2") is None
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / shard_name(0, 3)).unlink()
+    refused(folder, "latents-00000-of-00003.safetensors is missing; run the same sra2-fast prepare again")
+
+
+def test_a_changed_shard(folder: Path) -> None:
+    _flip_a_byte(folder / shard_name(2, 3))
+    refused(folder, "00002-of-00003.safetensors is damaged .its checksum differs from index.json.; run the same")
+
+
+def test_checksums_of_large_data_are_left_to_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "VERIFY_AT_OPEN_BYTES", 1000)
+    _flip_a_byte(folder / shard_name(2, 3))
+    source = open_data(folder)
+    assert isinstance(source, ShardSource)
+    with pytest.raises(InputError, match=r"latents-00002-of-00003.safetensors is damaged"):
+        source.verify()
+
+
+def test_a_shard_of_another_data_set(folder: Path) -> None:
+    other = write_shard(folder, shard_name(0, 3), np.ones((5, 8, 2, 2), np.float32), np.zeros(5, np.int64), "key 0")
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["bytes"] = other.bytes
+    _edit_index(folder, shards=index["shards"])
+    refused(folder, "latents-00000-of-00003.safetensors does not belong to index.json")
+
+
+def test_a_file_that_is_no_shard(folder: Path) -> None:
+    path = folder / shard_name(0, 3)
+    size = path.stat().st_size
+    path.write_bytes(b"\x02" + b"\0" * 7 + b"{}" + b"\0" * (size - 10))
+    refused(folder, "latents-00000-of-00003.safetensors is truncated or no shard of latents .'moments'.")
+    path.write_bytes(b"\x09" + b"\0" * 7 + b"not json!" + b"\0" * (size - 17))
+    refused(folder, "latents-00000-of-00003.safetensors cannot be read")
+
+
+def test_a_label_out_of_range_names_its_sample(folder: Path) -> None:
+    labels = np.array([0, 1, 9, 2, 3])
+    write_shard(folder, shard_name(0, 3), np.ones((5, 6, 4, 2), np.float32), labels, "key 0")
+    refused(folder, "label out of range: .*latents-00000-of-00003.safetensors, sample 2 has label 9, .* says 4 classes")
+    with pytest.raises(InputError, match=r"label out of range: .* has 4 classes, the model 2"):
+        write_data(folder)
+        open_data(folder, num_classes=2)
+
+
+def test_a_nan_names_its_file_and_sample(tmp_path: Path) -> None:
+    moments, labels = write_data(tmp_path)
+    moments[7, 1, 0, 0] = np.nan
+    shard = write_shard(tmp_path, shard_name(2, 3), moments[5:], labels[5:], "key 2")
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][2]["checksum"] = shard.checksum
+    _edit_index(tmp_path, shards=index["shards"])
+    loader = make_loader(open_data(tmp_path), batch_size=12, seed=0, num_steps=1)
+    with pytest.raises(InputError, match=r"NaN or infinity in .*latents-00002-of-00003.safetensors, sample 2; encode"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": "other"}, "index.json is not an index of sra2_fast latents"),
+        ({"version": 2}, "index.json has version 2, not 1"),
+        ({"shape": [3, 4]}, "index.json is damaged"),
+        ({"shift": [0.0]}, "index.json is damaged .shape, shift and scale disagree."),
+        ({"shards": [{"file": "x"}]}, "index.json is damaged"),
+        ({"shards": []}, "holds no samples"),
+    ],
+)
+def test_a_damaged_index(folder: Path, changes: dict[str, object], match: str) -> None:
+    _edit_index(folder, **changes)
+    refused(folder, match)
+
+
+def test_an_index_that_is_no_json(folder: Path) -> None:
+    (folder / "index.json").write_text("{")
+    refused(folder, "index.json cannot be read")
+
+
+# Writing
+
+
+def test_a_full_disk_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*00000-of-00003.safetensors \(No space left on device\); "):
+        write_shard(folder, shard_name(0, 3), np.ones((2, 6, 4, 2), np.float32), np.zeros(2, np.int64), "key")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "a", b"old")
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write into .*file.out \(Not a directory\); choose another --out"):
+        make_folder(tmp_path / "file" / "out")
