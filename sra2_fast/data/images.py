@@ -101,7 +101,11 @@ class ImageChunks(Dataset):
                 positions.append(position)
             except UNREADABLE as error:
                 unreadable.append(f"{file} ({' '.join(str(error).split()) or type(error).__name__})")
-        stacked = np.stack(pixels) if pixels else np.empty((0, 3, self.size, self.size), dtype=np.uint8)
+        # np.stack keeps the channels-last layout of its parts, which pickling in a worker loses; and the layout picks
+        # the convolution's algorithm. One layout always, or the latents' last bits depend on the number of workers.
+        stacked = np.empty((len(pixels), 3, self.size, self.size), dtype=np.uint8)
+        for row, image in zip(stacked, pixels, strict=True):
+            row[...] = image
         return Chunk(np.array(positions, dtype=np.int64), stacked, unreadable)
 
     def _read(self, path: Path) -> np.ndarray:

@@ -66,15 +66,25 @@ def write_shard(
     moments: (n, 2C, H, W) float32. labels: (n,) int64.
     key: says what the shard was made from; `finished_shard` asks for the same again.
     """
-    from safetensors.numpy import save
-
     moments, labels = np.ascontiguousarray(moments, np.float32), np.ascontiguousarray(labels, np.int64)
     unreadable = list(unreadable)
     digest = checksum(moments, labels)
     metadata = {"key": key, "checksum": digest, "unreadable": json.dumps(unreadable)}
-    data = save({"moments": moments, "labels": labels}, metadata=metadata)
-    write_whole(folder / name, data)
-    return Shard(name, len(labels), len(data), digest, unreadable)
+    header, payload = _serialise({"moments": moments, "labels": labels}, metadata)
+    write_whole(folder / name, header, payload)
+    return Shard(name, len(labels), len(header) + len(payload), digest, unreadable)
+
+
+def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
+    """Header and payload of a safetensors file. The library writes metadata in a random order; ours is always the same,
+    so that equal data sets are equal files."""
+    from safetensors.numpy import save
+
+    data = save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:start])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # keeps the payload aligned
+    return len(header).to_bytes(8, "little") + header, memoryview(data)[start:]
 
 
 def finished_shard(folder: Path, name: str, key: str) -> Shard | None:

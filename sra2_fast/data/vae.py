@@ -101,7 +101,7 @@ def encode(vae: Any, images: torch.Tensor, precision: str = "fp32") -> np.ndarra
     precision: "fp32", or "bf16": the convolutions in bf16 under autocast; the moments are always split in float32.
     """
     device = next(vae.parameters()).device
-    pixels = images.to(device).float() / 127.5 - 1
+    pixels = images.to(device).contiguous().float() / 127.5 - 1
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         parameters = vae.encode(pixels).latent_dist.parameters
     mean, logvar = parameters.float().chunk(2, dim=1)
