@@ -386,6 +386,21 @@ def test_a_truncated_autoencoder(
     refused(capsys, command(photos, broken, tmp_path / "out"), "vae: .*vae holds no AutoencoderKL that can be loaded")
 
 
+def test_an_autoencoder_without_all_its_weights(
+    photos: Path, vae_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers fills missing weights with random numbers and goes on; latents of those are worthless."""
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    del state["encoder.conv_in.weight"]
+    save_file(state, weights)
+    match = r"is no AutoencoderKL: it lacks 1 of its weights, such as encoder\.conv_in\.weight; give"
+    refused(capsys, command(photos, broken, tmp_path / "out"), match)
+
+
 def test_latents_that_are_not_finite(
     photos: Path, vae_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

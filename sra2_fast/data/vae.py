@@ -70,9 +70,15 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module
         subfolders = ["vae" if (path / "vae" / "config.json").is_file() else None]
     try:
         with _quiet("diffusers"), _quiet("huggingface_hub"):
-            vae = _from_pretrained(AutoencoderKL, name_or_path, subfolders)
+            vae, loading = _from_pretrained(AutoencoderKL, name_or_path, subfolders)
     except LOAD_ERRORS as error:
         raise InputError(_why_not(name_or_path, error)) from error
+    if loading["missing_keys"]:  # diffusers would go on with random ones
+        missing = loading["missing_keys"]
+        raise InputError(
+            f"vae: {name_or_path} is no AutoencoderKL: it lacks {len(missing)} of its weights, such as {missing[0]}; "
+            "give the folder or the hub name of one"
+        )
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -117,15 +123,15 @@ def decode(vae: Any, values: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
-def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None]) -> nn.Module:
-    """The first of `subfolders` that holds an autoencoder; the others are not tried when the hub cannot be reached."""
+def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None]) -> Any:
+    """(autoencoder, loading report) from the first of `subfolders` that holds one; an unreachable hub is asked once."""
     for subfolder in subfolders[:-1]:
         try:
-            return autoencoder.from_pretrained(name_or_path, subfolder=subfolder)
+            return autoencoder.from_pretrained(name_or_path, subfolder=subfolder, output_loading_info=True)
         except LOAD_ERRORS as error:
             if _is_out_of_reach(error) or "config.json" not in str(error):
                 raise
-    return autoencoder.from_pretrained(name_or_path, subfolder=subfolders[-1])
+    return autoencoder.from_pretrained(name_or_path, subfolder=subfolders[-1], output_loading_info=True)
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:
