@@ -140,11 +140,13 @@ class TrainingStep:
         elif row == "repa":
             from dinov2 import HIDDEN_SIZE, DINOv2Encoder
 
-            self.encoder = DINOv2Encoder(grid).to(setting.device)
+            with setting.device:
+                self.encoder = DINOv2Encoder(grid)
             arguments.update(projector_layers=3, projector_dim=2048, projection_dim=HIDDEN_SIZE)
             self.loss_fn = SRA2Loss(target="features")
             frozen_flops = self.encoder.forward_flops()
-        self.sit = build(**arguments).to(setting.device).train()
+        with setting.device:  # drawn where they stay: a CPU would take ten seconds over the weights of SiT-XL/2
+            self.sit = build(**arguments).train()
         fill_zeros(self.sit)
         self.params_head = count_parameters(self.sit.projector)
         self.params_external = count_parameters(self.encoder)
@@ -267,8 +269,9 @@ class TrainingStep:
 
     def _reference(self) -> tuple[float, float]:
         """Loss and gradient norm of the first batch in float32 and eager, two samples at a time to save memory."""
-        reference = SiT(**{**self.sit.config(), "implementation": "eager"}).to(self.setting.device).train()
-        reference.load_state_dict(self.sit.state_dict())
+        with torch.device("meta"):
+            reference = SiT(**{**self.sit.config(), "implementation": "eager"}).train()
+        reference.load_state_dict(self.sit.state_dict(), assign=True)  # the same memory; gradients of its own
         plain = copy.copy(self)
         plain.setting = Setting(**{**vars(self.setting), "precision": "fp32"})
         plain.encode, plain.teacher = self.encoder, reference if self.row == "sra" else None

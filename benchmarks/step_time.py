@@ -82,7 +82,7 @@ def chosen_implementation(asked: str | None, device: torch.device) -> str:
     Raises InputError where `fused` was asked for and is not there.
     """
     if device.type == "cuda":
-        is_there, what, found = backends.has_triton(), "Triton", backends.status()["triton"]
+        is_there, what, found = backends.cuda_kernels() is not None, "Triton", backends.status()["triton"]
     else:
         is_there, what, found = backends.has_extension("cpu"), "the extension", backends.status()["cpu_extension"]
     if is_there or asked == "eager":
