@@ -84,7 +84,7 @@ def test_fused_is_the_default_and_eager_a_choice() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiled_without_a_graph_break_it_gives_the_same_velocity_and_gradients(implementation: str) -> None:
-    model = small_model(depth=2, align_depth=1, projector_layers=1, qk_norm=True, implementation=implementation).eval()
+    model = small_model(depth=1, align_depth=1, projector_layers=1, qk_norm=True, implementation=implementation).eval()
     inputs = batch_for(model)
     want = outputs_and_gradients(model, inputs)
     truth = float64_truth(model, inputs)
@@ -103,7 +103,8 @@ def test_the_projection_is_that_of_the_tokens_after_the_aligned_block(implementa
     assert projection.shape == (3, 16, 2 * 2 * 4) and hidden.shape == (3, 16, 48)
     assert model.projector is not None
     assert torch.equal(projection, model.projector(hidden))
-    assert relative_error(velocity, model(*inputs))[0] <= allowed(torch.float32, 1)
+    # Fused, the tap closes an edge that is otherwise added inside a kernel, and the sums of a block and a half follow.
+    assert relative_error(velocity.detach(), model(*inputs))[0] <= allowed(torch.float32, 3, summed=48)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,7 +117,7 @@ def test_a_block_called_alone_keeps_the_public_contract(number: int, implementat
     c = model.t_embedder(t) + model.y_embedder(y)
     for block in model.blocks[:number]:
         tokens = block(tokens, c)
-    error, _ = relative_error(model(x, t, y, return_hidden=number), tokens)
+    error, _ = relative_error(model(x, t, y, return_hidden=number).detach(), tokens)
     assert error <= allowed(torch.float32, 2 * number)
 
 
