@@ -80,7 +80,7 @@ def step_on_several(case: str, rank: int) -> dict[str, torch.Tensor]:
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=180))
     try:
         for case in CASES:
             torch.save(step_on_several(case, rank), Path(folder) / f"{case}-{rank}.pt")
