@@ -32,15 +32,21 @@ from sra2_fast import backends
 TOTAL_SECONDS = 460.0
 LEAST_SECONDS = 15.0
 TAIL_LINES = 30
+SANITIZER_FOUND = 99
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its command, and the most seconds it may take of the time that is left."""
+    """One process: its command, and the most seconds it may take of the time that is left.
+
+    failing_code: the only exit code that counts against the run, for a tool that does not work on every machine; None
+    where anything but 0 does, running out of time included.
+    """
 
     name: str
     command: tuple[str, ...]
     limit_s: float
+    failing_code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,10 @@ def parts(records: Path) -> list[Part]:
     planned.append(Part("step_time eager compiled", (*step_time, *two, "--implementation", "eager", "--compile"), 110))
     sanitizer = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     if sanitizer is not None:
-        under = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
-        planned.append(Part("compute-sanitizer", (*under, *pytest, str(ROOT / "tests/gpu/test_gpu_extension.py")), 90))
+        found = str(SANITIZER_FOUND)
+        under = (sanitizer, "--tool", "memcheck", "--error-exitcode", found, "--target-processes", "all")
+        few = (*pytest, str(ROOT / "tests" / "gpu" / "test_gpu_extension.py"), "-k", "130")
+        planned.append(Part("compute-sanitizer", (*under, *few), 90, failing_code=SANITIZER_FOUND))
     return planned
 
 
@@ -102,6 +110,8 @@ def run_part(part: Part, seconds_left: float, log: Path, environment: dict[str, 
             os.killpg(process.pid, 9)  # its own session: its compile workers go with it
             process.wait()
             result = f"out of time ({limit:.0f} s)"
+    if part.failing_code is not None and result != f"failed (exit code {part.failing_code})" and result != "passed":
+        result = f"unmeasured: {result}"
     text = log.read_bytes()[start:].decode("utf-8", errors="replace").replace("\r", "\n")
     lines = [line for line in text.splitlines() if line.strip()]
     return Outcome(part.name, result, time.monotonic() - begin, "\n".join(lines[-TAIL_LINES:]))

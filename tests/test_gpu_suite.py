@@ -49,6 +49,15 @@ def test_a_part_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path, monkey
     assert outcomes[0].is_failure and outcomes[0].seconds < 10
 
 
+@pytest.mark.parametrize(
+    ("code", "result"), [(0, "passed"), (99, "failed (exit code 99)"), (1, "unmeasured: failed (exit code 1)")]
+)
+def test_a_tool_that_does_not_work_here_is_unmeasured(code: int, result: str, tmp_path: Path) -> None:
+    tool = Part("tool", (sys.executable, "-c", f"raise SystemExit({code})"), 60, failing_code=99)
+    (outcome,) = gpu_suite.run_all([tool], tmp_path / "gpu_suite.jsonl", 60, {})
+    assert outcome.result == result and outcome.is_failure == (code == 99)
+
+
 def test_what_no_longer_fits_is_not_run_and_is_no_failure(tmp_path: Path) -> None:
     planned = [python("late", "raise SystemExit(1)")]
     (outcome,) = gpu_suite.run_all(planned, tmp_path / "gpu_suite.jsonl", gpu_suite.LEAST_SECONDS - 1, {})
