@@ -15,6 +15,7 @@ struct AdamWEMANumbers {
   float eps;
   float keep;           // 1 - lr weight_decay
   float step_size;      // lr / (1 - beta1^step)
+  float keep_ema;       // ema_decay
   float new_ema;        // 1 - ema_decay
 };
 

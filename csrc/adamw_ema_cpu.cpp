@@ -48,7 +48,7 @@ struct Chunks {
 
 using namespace sra2;
 
-int32_t sra2_global_norm_cpu(int64_t tensors, const sra2_flat* grads, float* norm, sra2_parallel parallel) {
+int32_t sra2_adamw_ema_norm_cpu(int64_t tensors, const sra2_flat* grads, float* norm, sra2_parallel parallel) {
   const AdamWEMAKernels& kernels = adamw_ema_kernels();
   auto numel = [&](int64_t i) { return grads[i].numel; };
   const Chunks chunks(tensors, numel);
@@ -83,10 +83,15 @@ int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* ta
       if (tensor != current) {
         current = tensor;
         const double bias1 = 1 - pow(s.beta1, t.step), bias2 = 1 - pow(s.beta2, t.step);
-        numbers = {static_cast<float>(clip < 1 ? clip : 1), static_cast<float>(1 - s.beta1),
-                   static_cast<float>(s.beta2),             static_cast<float>(1 - s.beta2),
-                   static_cast<float>(1 / sqrt(bias2)),     static_cast<float>(s.eps),
-                   static_cast<float>(1 - s.lr * s.weight_decay), static_cast<float>(s.lr / bias1),
+        numbers = {static_cast<float>(clip < 1 ? clip : 1),
+                   static_cast<float>(1 - s.beta1),
+                   static_cast<float>(s.beta2),
+                   static_cast<float>(1 - s.beta2),
+                   static_cast<float>(1 / sqrt(bias2)),
+                   static_cast<float>(s.eps),
+                   static_cast<float>(1 - s.lr * s.weight_decay),
+                   static_cast<float>(s.lr / bias1),
+                   static_cast<float>(s.ema_decay),
                    static_cast<float>(1 - s.ema_decay)};
       }
       kernels.update(numbers, n, t.param + at, t.grad + at, t.exp_avg + at, t.exp_avg_sq + at,

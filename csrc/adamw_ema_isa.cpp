@@ -36,7 +36,7 @@ static void update_elements(const AdamWEMANumbers& numbers, int64_t n, float* __
     exp_avg[i] = m;
     exp_avg_sq[i] = s;
     param[i] = p;
-    if (EMA) ema[i] += c.new_ema * (p - ema[i]);
+    if (EMA) ema[i] = c.keep_ema * ema[i] + c.new_ema * p;
   }
 }
 

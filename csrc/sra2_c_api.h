@@ -39,8 +39,8 @@ SRA2_API int32_t sra2_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x,
 SRA2_API int32_t sra2_layer_norm_modulate_bwd_cpu(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
                                                   const float* mean, const float* rstd, sra2_rows dx,
                                                   sra2_rows dshift, sra2_rows dscale, sra2_parallel parallel);
-/* workspace: sra2_layer_norm_modulate_workspace floats on the device. */
-SRA2_API int64_t sra2_layer_norm_modulate_workspace(sra2_shape shape, int32_t sums);
+/* workspace of the two backwards on CUDA: this many floats on the device. */
+SRA2_API int64_t sra2_norm_workspace(sra2_shape shape);
 SRA2_API int32_t sra2_layer_norm_modulate_fwd_cuda(sra2_shape shape, sra2_rows x, sra2_rows shift, sra2_rows scale,
                                                    float eps, sra2_rows y, float* mean, float* rstd, void* stream);
 SRA2_API int32_t sra2_layer_norm_modulate_bwd_cuda(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
@@ -90,7 +90,7 @@ typedef struct {
   double lr, beta1, beta2, eps, weight_decay, ema_decay, max_grad_norm;
 } sra2_adamw_ema_settings;
 /* norm = the square root of the sum of all squares. */
-SRA2_API int32_t sra2_global_norm_cpu(int64_t tensors, const sra2_flat* grads, float* norm, sra2_parallel parallel);
+SRA2_API int32_t sra2_adamw_ema_norm_cpu(int64_t tensors, const sra2_flat* grads, float* norm, sra2_parallel parallel);
 /* Clip, AdamW, EMA in place; nothing where norm is not finite. */
 SRA2_API int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* table,
                                          sra2_adamw_ema_settings settings, float norm, sra2_parallel parallel);

@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "sra2_c_api.h"
 
@@ -21,6 +22,8 @@ using DeviceGuardHandle = DeviceGuardOpaque*;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
+struct StableListOpaque;
+using StableListHandle = StableListOpaque*;
 #endif
 
 extern "C" {
@@ -50,6 +53,9 @@ AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
+AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
+AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
+AOTITorchError torch_delete_list(StableListHandle list_handle);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, void (*func)(int64_t, int64_t, void*),
                                   void* ctx);
 }
@@ -116,6 +122,22 @@ struct Tensor {
     return v;
   }
 };
+
+// A Tensor[] argument. The list of handles is given up at once: its elements belong to whoever took them.
+inline std::vector<Tensor> take_list(StableIValue v) {
+  auto list = reinterpret_cast<StableListHandle>(v);
+  size_t size = 0;
+  SRA2_OK(torch_list_size(list, &size));
+  std::vector<Tensor> tensors;
+  tensors.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element{};
+    SRA2_OK(torch_list_get_item(list, i, &element));
+    tensors.emplace_back(element);
+  }
+  SRA2_OK(torch_delete_list(list));
+  return tensors;
+}
 
 struct DeviceGuard {
   DeviceGuardHandle handle = nullptr;

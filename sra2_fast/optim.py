@@ -1,7 +1,7 @@
 """AdamW with global-norm clipping and an exponential moving average of the weights, as one optimizer.
 
-It exists because the three are otherwise three trips through memory and dozens of launches a step (DESIGN section 4, K5).
-It is an ordinary `torch.optim.Optimizer`: parameter groups, schedulers and hooks work, and its state loads into and from
+It exists because the three are otherwise three trips through memory and dozens of launches a step. It is an ordinary
+`torch.optim.Optimizer`: parameter groups, schedulers and hooks work, and its state loads into and from
 `torch.optim.AdamW`. Left out: amsgrad, maximize, sparse gradients, float16 (there is no GradScaler in bf16 training).
 """
 
@@ -38,18 +38,18 @@ class _Active:
 class AdamWEMA(torch.optim.Optimizer):
     """Clip, AdamW, EMA: `reference/adamw_ema.py` has the equations; the defaults are the paper's (arXiv 2601.17830).
 
-    params: parameters, (name, parameter) pairs, or groups of either; float32 (`implementation="eager"` also takes bfloat16
-        and float64), all on one device.
+    params: parameters, (name, parameter) pairs, or groups of either; float32 (`implementation="eager"` also takes
+        bfloat16 and float64), all on one device.
     lr, betas, eps, weight_decay: as in torch.optim.AdamW; floats. Per group; may change between steps.
     ema_decay: weight of the old average, in [0, 1], or None for no averaging. Per group; may change between steps.
     max_grad_norm: clip the norm over the gradients of all groups to this, or None.
     implementation: "fused" (the kernels; None means this) or "eager" (PyTorch's own operators).
 
-    `.grad_norm` is the 0-d norm of the last step before clipping, `.skipped_steps` the 0-d int64 count of steps whose norm was
-    not finite: both on the device, so that reading them late is the caller's choice. Such a step changes nothing at
-    all. The average starts as a copy of the weights at the first step, or when it is first asked for.
-    "eager" clips `p.grad` in place, "fused" leaves it as it was. Everything is accumulated in the type of the parameters,
-    and is deterministic.
+    `.grad_norm` is the 0-d norm of the last step before clipping, `.skipped_steps` the 0-d int64 count of steps whose
+    norm was not finite: both on the device, so that reading them late is the caller's choice. Such a step changes
+    nothing at all. The average starts as a copy of the weights at the first step, or when it is first asked for.
+    "eager" clips `p.grad` in place, "fused" leaves it as it was. Everything is accumulated in the type of the
+    parameters, and is deterministic.
 
     Raises InputError, InputTypeError: a setting out of range, parameters of another type or on several devices.
     """
@@ -135,30 +135,44 @@ class AdamWEMA(torch.optim.Optimizer):
         with_grad = [p for a in active for p in a.params]
         if not with_grad:
             return loss
-        norm = op.eager_norm_and_clip(with_grad, self.max_grad_norm)
+        norm, is_finite = self._norm(with_grad)
+        for group, a in zip(self.param_groups, active, strict=True):
+            if a.params:
+                self._update(group, a, norm, is_finite)
+            self._average_the_rest(group, is_finite)
+        return loss
+
+    def _norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The global norm and whether it is finite, both 0-d and noted for the user; eager also clips here."""
+        if self._is_fused(params[0]):
+            norm = op.global_norm([_dense_grad(p) for p in params])
+        else:
+            norm = op.eager_norm_and_clip(params, self.max_grad_norm)
         is_finite = torch.isfinite(norm)
         self.grad_norm = norm
         self.skipped_steps = self.skipped_steps.to(norm.device, non_blocking=True)
         self.skipped_steps += ~is_finite
-        for group, a in zip(self.param_groups, active, strict=True):
-            if a.params:
-                op.eager(
-                    a.params,
-                    [_dense_grad(p) for p in a.params],
-                    a.exp_avgs,
-                    a.exp_avg_sqs,
-                    a.emas,
-                    a.steps,
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    ema_decay=group["ema_decay"],
-                    is_finite=is_finite,
-                )
-            self._average_the_rest(group, is_finite)
-        return loss
+        return norm, is_finite
+
+    def _is_fused(self, param: Tensor) -> bool:
+        return self.implementation == "fused" and op.is_fused(param.device)
+
+    def _update(self, group: dict[str, Any], a: _Active, norm: Tensor, is_finite: Tensor) -> None:
+        grads = [_dense_grad(p) for p in a.params]
+        settings = {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "ema_decay": group["ema_decay"],
+        }
+        if self._is_fused(a.params[0]):
+            a.steps += is_finite
+            clip = {"max_grad_norm": self.max_grad_norm, "norm": norm}
+            op.adamw_ema_step(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps, **settings, **clip)
+        else:
+            op.eager(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps, **settings, is_finite=is_finite)
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
@@ -193,7 +207,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return self._active[index]
 
     def _state_of(self, param: Tensor, has_ema: bool) -> dict[str, Tensor]:
-        """The state of one parameter, complete: missing entries are made, and all lie in memory as the parameter does."""
+        """The state of one parameter, complete: what is missing is made, and all lies in memory as it does."""
         state = self.state[param]
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = _laid_out_as(param, state[name]) if name in state else torch.zeros_like(param)
@@ -236,8 +250,8 @@ class AdamWEMA(torch.optim.Optimizer):
     def swap_ema(self, model: torch.nn.Module) -> Iterator[None]:
         """Within the block `model` holds the averaged weights; afterwards its own again, whatever happened inside.
 
-        Values are exchanged in place, one tensor at a time: addresses stay (compiled code and CUDA graphs go on working) and
-        no second copy of the model is made.
+        Values are exchanged in place, one tensor at a time: addresses stay (compiled code and CUDA graphs go on
+        working) and no second copy of the model is made.
         Raises InputError: model has none of the optimizer's parameters, no averages are kept, or a swap is on already.
         """
         self._must_average("swap_ema")

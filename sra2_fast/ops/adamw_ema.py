@@ -1,8 +1,9 @@
-"""K5: clip, AdamW and EMA over a list of parameters, in place and without asking the host anything.
+"""Clip, AdamW and EMA over a list of parameters, in place and without asking the host anything.
 
 `eager_*` is the public style made of PyTorch's own operators: clip_grad_norm_, AdamW(foreach), a loop over the averaged
-tensors. The bookkeeping (state, groups, step counts) is `sra2_fast.optim.AdamWEMA`'s; the equations are in
-`sra2_fast.reference.adamw_ema`.
+tensors. `global_norm` and `adamw_ema_step` are one read of the gradients and one pass over everything: csrc/adamw_ema*
+(C++), kernels/adamw_ema.py (Triton). The bookkeeping (state, groups, step counts) is `sra2_fast.optim.AdamWEMA`'s; the
+equations are in reference/adamw_ema.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,72 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from .. import backends
+from .checks import IS_FUSED
+
+_IS_FUSED = {**IS_FUSED, "cuda": backends.cuda_kernels() == "triton"}
+_STEP = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas,"
+    " Tensor steps, Tensor norm, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay,"
+    " float max_grad_norm) -> ()"
+)
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether there are kernels for this device."""
+    return _IS_FUSED.get(device.type, False)
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """n = sqrt(sum of g^2 over all tensors), 0-d float32 on their device; one read, no host synchronisation.
+
+    grads: float32, dense in memory, at least one. Squares are added in float32 over fixed chunks and these in float64
+    (on the CPU): deterministic for any number of threads.
+    """
+    return torch.ops.sra2_fast.adamw_ema_norm(grads)
+
+
+def adamw_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor] | None,
+    steps: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float | None,
+    max_grad_norm: float | None,
+    norm: Tensor,
+) -> None:
+    """Clip by `norm`, AdamW, EMA: one pass over memory, all in place; nothing changes where norm is not finite.
+
+    params, grads, exp_avgs, exp_avg_sqs, emas: float32 on one device, the strides of each parameter throughout; emas
+        None: nothing is averaged. grads stay as they are.
+    steps: (len(params),) float32, same device - updates of each parameter, this one included.
+    norm: 0-d float32, same device - `global_norm` over all groups. max_grad_norm: None does not clip.
+    """
+    torch.ops.sra2_fast.adamw_ema_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        emas or [],
+        steps,
+        norm,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        1.0 if ema_decay is None else ema_decay,
+        float("inf") if max_grad_norm is None else max_grad_norm,
+    )
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
@@ -78,3 +145,65 @@ def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float
         weight = float(weight)  # a tensor weight is broadcast element by element there
     for ema, param in zip(emas, params, strict=True):
         ema.lerp_(param, weight if isinstance(weight, float) else weight.to(ema.dtype))
+
+
+_library = torch.library.Library("sra2_fast", "FRAGMENT")
+_library.define("adamw_ema_norm(Tensor[] grads) -> Tensor")
+_library.define("adamw_ema_step" + _STEP)
+
+
+@torch.library.register_fake("sra2_fast::adamw_ema_norm", lib=_library)
+def _norm_fake(grads):
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("sra2_fast::adamw_ema_step", lib=_library)
+def _step_fake(*arguments):
+    return None
+
+
+def _norm_triton(grads):
+    from ..kernels import adamw_ema as kernels
+
+    return kernels.global_norm(grads)
+
+
+def _step_triton(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    emas,
+    steps,
+    norm,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    ema_decay,
+    max_grad_norm,
+):
+    from ..kernels import adamw_ema as kernels
+
+    kernels.adamw_ema_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        emas or None,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        ema_decay=ema_decay,
+        max_grad_norm=None if max_grad_norm == float("inf") else max_grad_norm,
+        norm=norm,
+    )
+
+
+if backends.cuda_kernels() == "triton":
+    _library.impl("adamw_ema_norm", _norm_triton, "CUDA")
+    _library.impl("adamw_ema_step", _step_triton, "CUDA")

@@ -1,20 +1,38 @@
-"""The last projection, the alignment of its tokens with the clean latent, and the flow-matching MSE."""
+"""The last projection, the alignment of its tokens with the clean latent, and the flow-matching MSE.
+
+The mathematics is in reference/alignment_velocity_loss.py; kernels: kernels/alignment_velocity_loss.py (Triton) and
+csrc/alignment_velocity_loss* (C++). `alignment_loss` and `velocity_loss` are its two halves from PyTorch's own
+operators, for targets other than the latent.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..errors import must_be
-from .interpolant import interpolant
+from .. import backends
+from ..errors import InputError, must_be, must_have_type
+from .checks import IS_FUSED, output_dtype
+from .interpolant import PATHS, interpolant
 from .patchify import patchify
 
 ALIGNMENTS = ("cosine", "smooth_l1", "mse", "l1")
+MAX_PATCH_ELEMENTS = 256
+_OP = "alignment_velocity_loss"
+_WAY_OUT = 'implementation="eager" takes'
+_IS_FUSED = {**IS_FUSED, "cuda": backends.cuda_kernels() == "triton"}
+_FWD = (
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor velocity_tokens, Tensor latents, Tensor noise, Tensor t,"
+    " int patch_size, int path, int align, float beta, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_BWD = (
+    "(Tensor dalign, Tensor dp, Tensor hidden, Tensor weight, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
-def alignment_loss(
-    projection: torch.Tensor, target: torch.Tensor, align: str, beta: float = 0.05, eps: float = 1e-6
-) -> torch.Tensor:
+def alignment_loss(projection: Tensor, target: Tensor, align: str, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
     """The distance of projection and target tokens, a float32 mean (DESIGN section 1; arXiv 2601.17830).
 
     projection, target: (B, N, P) - compared in float32 (float64 stays).
@@ -36,13 +54,13 @@ def alignment_loss(
 
 
 def velocity_loss(
-    velocity_tokens: torch.Tensor,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
+    velocity_tokens: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
     patch_size: int,
     path: str = "linear",
-) -> torch.Tensor:
+) -> Tensor:
     """Mean over all elements of (v - (a' z + s' e))^2, in float32 (float64 stays)."""
     target = patchify(interpolant(path, t.to(latents.dtype)).velocity(latents, noise), patch_size)
     if velocity_tokens.dtype != torch.float64:
@@ -51,24 +69,215 @@ def velocity_loss(
 
 
 def eager(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    velocity_tokens: torch.Tensor,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    velocity_tokens: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
     *,
     patch_size: int,
     path: str = "linear",
     align: str = "cosine",
     beta: float = 0.05,
     eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The public style: `F.linear`, `F.normalize` or `F.smooth_l1_loss`, `F.mse_loss`; returns (velocity, align)."""
     velocity = velocity_loss(velocity_tokens, latents, noise, t, patch_size, path)
     projection = F.linear(hidden, weight, bias)
     return velocity, alignment_loss(projection, patchify(latents, patch_size), align, beta, eps)
 
 
-alignment_velocity_loss = eager
+def alignment_velocity_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    velocity_tokens: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    patch_size: int,
+    path: str = "linear",
+    align: str = "cosine",
+    beta: float = 0.05,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """(mean (v - v*)^2, alignment of hidden W^T + b with the clean latent), both losses and their gradients in one go.
+
+    hidden: (B, N, K) float32 or bfloat16 - input of the last projection; taken to the autocast dtype where that is on.
+    weight: (P, K), bias: (P,) - the last projection, rounded to hidden's dtype. P = patch_size^2 C <= 256.
+    velocity_tokens: (B, N, P) float32 or bfloat16 - the model's output before unpatchify, in patchify's order.
+    latents, noise: (B, C, H, W) float32. t: (B,) float - time in [0, 1]. These three get no gradient.
+    path, align, beta, eps: as `eager`.
+    Returns two 0-d float32 losses.
+    Raises InputError for other shapes, dtypes, devices or words, or where latents, noise or t require a gradient.
+    Precision: products, norms and sums in float32; dp and dvelocity are rounded once to the dtypes of hidden and
+    velocity_tokens. Deterministic, and independent of the number of threads.
+    Saved for backward: dp and dvelocity, and hidden and weight for the two products.
+    """
+    _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps)
+    dtype = output_dtype(_OP, hidden)
+    if not _IS_FUSED.get(hidden.device.type, False):
+        settings = {"patch_size": patch_size, "path": path, "align": align, "beta": beta, "eps": eps}
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+        return eager(hidden, weight, bias, velocity_tokens, latents, noise, t, **settings)  # type: ignore[arg-type]
+    images = (latents.contiguous(), noise.contiguous(), t.float().contiguous())
+    settings = (patch_size, PATHS.index(path), ALIGNMENTS.index(align), beta, eps)
+    hidden, velocity_tokens = hidden.to(dtype).contiguous(), velocity_tokens.contiguous()
+    trained = (hidden, weight, bias, velocity_tokens)
+    if torch.is_grad_enabled() and any(one.requires_grad for one in trained):
+        return _AlignmentVelocityLoss.apply(*trained, *images, *settings)
+    weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
+    return torch.ops.sra2_fast.alignment_velocity_loss_fwd(hidden, weight, bias, velocity_tokens, *images, *settings)[
+        :2
+    ]
+
+
+class _AlignmentVelocityLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+        w = weight.to(hidden.dtype).contiguous()
+        b = bias.to(hidden.dtype).contiguous()
+        velocity, alignment, dvelocity, dp = torch.ops.sra2_fast.alignment_velocity_loss_fwd(
+            hidden, w, b, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps
+        )
+        need_dhidden, need_dweight, need_dbias, need_dvelocity = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            dp if need_dhidden or need_dweight or need_dbias else None,
+            hidden if need_dweight else None,
+            w if need_dhidden else None,
+            dvelocity if need_dvelocity else None,
+        )
+        ctx.dtypes = weight.dtype, bias.dtype
+        return velocity, alignment
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dvelocity_loss, dalign_loss):
+        dp, hidden, weight, dvelocity = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        dhidden = dweight = dbias = None
+        if dp is not None:
+            empty = dp.new_empty(0)
+            dhidden, dweight, dbias = torch.ops.sra2_fast.alignment_velocity_loss_bwd(
+                dalign_loss, dp, empty if hidden is None else hidden, empty if weight is None else weight, *needs
+            )
+        return (
+            dhidden if needs[0] else None,
+            dweight.to(ctx.dtypes[0]) if needs[1] else None,
+            dbias.to(ctx.dtypes[1]) if needs[2] else None,
+            None if dvelocity is None else dvelocity * dvelocity_loss,
+            *[None] * 8,
+        )
+
+
+def _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+    tensors = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "velocity_tokens": velocity_tokens,
+        "latents": latents,
+        "noise": noise,
+        "t": t,
+    }
+    for name, one in tensors.items():
+        if not isinstance(one, Tensor):
+            raise must_have_type(_OP, name, "a tensor", type(one).__name__)
+        only_float32 = name in ("latents", "noise")
+        if one.dtype not in ((torch.float32,) if only_float32 else (torch.float32, torch.bfloat16)):
+            expected = "float32" if only_float32 else "float32 or bfloat16"
+            raise must_have_type(_OP, name, f"{expected} ({_WAY_OUT} other floats)", one.dtype)
+        if one.device != hidden.device:
+            raise must_be(_OP, name, f"on {hidden.device} like hidden", one.device)
+    for name, word, words in (("path", path, PATHS), ("align", align, ALIGNMENTS)):
+        if word not in words:
+            raise must_be(_OP, name, " or ".join(words), repr(word))
+    for name, number in (("beta", beta), ("eps", eps)):
+        if not number > 0:
+            raise must_be(_OP, name, "positive", number)
+    if hidden.dim() != 3 or hidden.shape[1] < 1 or hidden.shape[2] < 1:
+        raise must_be(_OP, "hidden", "(B, N, K), N and K at least 1", tuple(hidden.shape))
+    if latents.dim() != 4:
+        raise must_be(_OP, "latents", "(B, C, H, W)", tuple(latents.shape))
+    B, N, K = hidden.shape
+    _, C, H, W = latents.shape
+    P = patch_size * patch_size * C
+    if not 1 <= P <= MAX_PATCH_ELEMENTS:
+        expected = f"such that P = patch_size^2 C is from 1 to {MAX_PATCH_ELEMENTS} ({_WAY_OUT} more)"
+        raise must_be(_OP, "patch_size", expected, f"{patch_size} with C = {C}")
+    if H % patch_size or W % patch_size or (H // patch_size) * (W // patch_size) != N:
+        raise must_be(_OP, "latents", f"(B, C, H, W) of N = {N} patches of {patch_size}", tuple(latents.shape))
+    shapes = {
+        "weight": ("(P, K)", (P, K)),
+        "bias": ("(P,)", (P,)),
+        "velocity_tokens": ("(B, N, P)", (B, N, P)),
+        "latents": ("(B, C, H, W)", (B, C, H, W)),
+        "noise": ("(B, C, H, W)", (B, C, H, W)),
+        "t": ("(B,)", (B,)),
+    }
+    for name, (words, shape) in shapes.items():
+        if tensors[name].shape != shape:
+            raise must_be(_OP, name, f"{words} = {shape}", tuple(tensors[name].shape))
+    if torch.is_grad_enabled() and (latents.requires_grad or noise.requires_grad or t.requires_grad):
+        name = "latents" if latents.requires_grad else "noise" if noise.requires_grad else "t"
+        raise InputError(f"{_OP}: {name} must not require a gradient ({_WAY_OUT} one that does)")
+
+
+_library = torch.library.Library("sra2_fast", "FRAGMENT")
+_library.define("alignment_velocity_loss_fwd" + _FWD)
+_library.define("alignment_velocity_loss_bwd" + _BWD)
+
+
+@torch.library.register_fake("sra2_fast::alignment_velocity_loss_fwd", lib=_library)
+def _fwd_fake(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+    loss = hidden.new_empty((), dtype=torch.float32)
+    dp = hidden.new_empty(velocity_tokens.shape)
+    return loss, torch.empty_like(loss), torch.empty_like(velocity_tokens), dp
+
+
+@torch.library.register_fake("sra2_fast::alignment_velocity_loss_bwd", lib=_library)
+def _bwd_fake(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
+    B, N, P = dp.shape
+    K = weight.shape[-1] if need_dhidden else hidden.shape[-1]
+    return (
+        dp.new_empty((B, N, K) if need_dhidden else 0),
+        dp.new_empty((P, K) if need_dweight else 0, dtype=torch.float32),
+        dp.new_empty(P if need_dbias else 0, dtype=torch.float32),
+    )
+
+
+def _fwd_triton(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+    from ..kernels import alignment_velocity_loss as kernels
+
+    return kernels.alignment_velocity_loss_fwd(
+        hidden,
+        weight,
+        bias,
+        velocity_tokens,
+        latents,
+        noise,
+        t,
+        patch_size,
+        PATHS[path],
+        ALIGNMENTS[align],
+        beta,
+        eps,
+    )
+
+
+def _bwd_cuda(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
+    """Two products of cuBLAS; a kernel of ours would only save the scaling of dp, which is small."""
+    with torch.autocast("cuda", enabled=False):
+        scaled = (dp * dalign).flatten(0, 1)
+        dhidden = (scaled @ weight).view(*dp.shape[:2], -1) if need_dhidden else dp.new_empty(0)
+        dweight = scaled.T @ hidden.flatten(0, 1) if need_dweight else dp.new_empty(0)
+        dbias = scaled.sum(0, dtype=torch.float32) if need_dbias else dp.new_empty(0, dtype=torch.float32)
+        return dhidden, dweight.float(), dbias
+
+
+if backends.cuda_kernels() == "triton":
+    _library.impl("alignment_velocity_loss_fwd", _fwd_triton, "CUDA")
+    _library.impl("alignment_velocity_loss_bwd", _bwd_cuda, "CUDA")
