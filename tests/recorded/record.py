@@ -49,6 +49,7 @@ def load_module(path: Path, name: str) -> types.ModuleType:
 def randomise(model: nn.Module, seed: int) -> None:
     """Every parameter but the fixed positions: random, of a size that keeps the outputs near one."""
     generator = torch.Generator().manual_seed(seed)
+    has_qk_norm = any("q_norm" in name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         if name == "pos_embed":
             continue
@@ -59,6 +60,8 @@ def randomise(model: nn.Module, seed: int) -> None:
             draw = 0.3 * draw
         elif not name.endswith("embedding_table.weight"):
             draw = draw / parameter[0].numel() ** 0.5
+        if has_qk_norm and ".attn.qkv." in name:
+            draw[: 2 * len(draw) // 3] /= 16  # small queries and keys, or the eps of their norm would not show
         parameter.data.copy_(draw.bfloat16())
 
 
