@@ -117,7 +117,7 @@ def _finish(
         write_whole(out / UNREADABLE_FILE, "".join(f"{name}\n" for name in unreadable).encode())
         print(f"left out {len(unreadable)} unreadable images: {name_some(unreadable)}; see {out / UNREADABLE_FILE}")
     current = {shard.file for shard in shards}
-    for path in out.glob(SHARD_PATTERN):
+    for path in out.glob(f"{SHARD_PATTERN}*"):  # the half-written too
         if path.name not in current:
             path.unlink()
     about = normalisation(vae)
