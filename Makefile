@@ -10,7 +10,7 @@ INSTALL_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 .PHONY: demo test lint gpu clean
 
 demo: $(VENV)/.demo-installed
-	$(BIN)/sra2-fast train --config configs/digits.toml --out runs/digits --resume never
+	$(BIN)/sra2-fast train --config configs/digits.toml --out runs/digits
 	$(BIN)/python benchmarks/step_time.py
 	@echo "The sample grids are under runs/digits/samples."
 
