@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model import SiT
+
 TERMS = ("velocity", "align", "gradient")
 
 
@@ -67,7 +69,7 @@ def name_terms(row: list[float]) -> str:
     return " and ".join([term for term in bad if term != "gradient"] or bad)
 
 
-def largest_activations(model: nn.Module, repeat_step: Any) -> list[float]:
+def largest_activations(model: SiT, repeat_step: Any) -> list[float]:
     """max |activation| out of each of `model.blocks` during `repeat_step()`, the forward of the bad step."""
     largest = [0.0] * len(model.blocks)
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -74,7 +74,9 @@ class Trainer:
         pending = self._restore(checkpoint) if checkpoint else []
         self.history = StepHistory(options.log_every, self.device, pending)
         self.teacher = build.build_teacher(self.model, self.optimizer) if options.target == "teacher" else None
-        self.compute = torch.compile(self.model) if options.compile else self.model
+        self.compute: torch.nn.Module = self.model
+        if options.compile:
+            self.compute = cast(torch.nn.Module, torch.compile(self.model))
         self.grid = self._make_grid()
         self._say_what_runs(changes)
 
