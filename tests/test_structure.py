@@ -48,7 +48,7 @@ def tracked(*patterns: str) -> list[str]:
 
 
 def imported_rooms(path: str) -> set[str]:
-    """The rooms of sra2_fast that a file imports, at the top or inside a function; launching as a script is no import."""
+    """The rooms of sra2_fast that a file imports, at the top or inside a function; not to launch itself."""
     parts = path.removesuffix(".py").split("/")
     package = parts[:-1]
     rooms = set()
