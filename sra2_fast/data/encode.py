@@ -127,7 +127,7 @@ def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: st
     if not len(chunk.positions):
         channels, height, width = latent_shape(vae, chunk.pixels.shape[-1])
         return np.empty((0, 2 * channels, height, width), dtype=np.float32)
-    moments = encode(vae, torch.from_numpy(chunk.pixels), precision)
+    moments = encode(vae, chunk.pixels, precision)
     finite = np.isfinite(moments).all(axis=(1, 2, 3))
     if not finite.all():
         bad = [images.files[position] for position in chunk.positions[~finite]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ..errors import InputError
@@ -77,7 +78,7 @@ class Chunk(NamedTuple):
     """Images that are encoded together."""
 
     positions: np.ndarray  # (n,) positions in the list of the readable ones
-    pixels: np.ndarray  # (n, 3, size, size) uint8
+    pixels: torch.Tensor  # (n, 3, size, size) uint8
     unreadable: list[str]  # "file (reason)" of the others
 
 
@@ -103,8 +104,10 @@ class ImageChunks(Dataset):
                 unreadable.append(f"{file} ({' '.join(str(error).split()) or type(error).__name__})")
         # np.stack keeps the channels-last layout of its parts, which pickling in a worker loses; and the layout picks
         # the convolution's algorithm. One layout always, or the latents' last bits depend on the number of workers.
-        stacked = np.empty((len(pixels), 3, self.size, self.size), dtype=np.uint8)
-        for row, image in zip(stacked, pixels, strict=True):
+        # A tensor, because it travels through shared memory: an array goes through a pipe, where a worker whose main
+        # process was killed waits for ever.
+        stacked = torch.empty((len(pixels), 3, self.size, self.size), dtype=torch.uint8)
+        for row, image in zip(stacked.numpy(), pixels, strict=True):
             row[...] = image
         return Chunk(np.array(positions, dtype=np.int64), stacked, unreadable)
 
