@@ -43,3 +43,17 @@ def batch_for(model: SiT, batch: int = 3, seed: int = 2) -> tuple[torch.Tensor, 
     t = torch.rand(batch, generator=generator)
     y = torch.randint(model.num_classes, (batch,), generator=generator)
     return x, t, y
+
+
+def outputs_and_gradients(
+    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], autocast: bool = False
+) -> dict[str, torch.Tensor]:
+    """Velocity, projection and the gradient of every parameter, for fixed output gradients."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        velocity, projection = model(*inputs, return_projection=True)
+    generator = torch.Generator().manual_seed(7)
+    cotangents = [torch.randn(v.shape, generator=generator).to(v.dtype) for v in (velocity, projection)]
+    torch.autograd.backward((velocity, projection), cotangents)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"velocity": velocity.detach(), "projection": projection.detach(), **gradients}

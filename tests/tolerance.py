@@ -34,7 +34,7 @@ def relative_error(
     Rows whose denominator is zero must be exactly right. NaN never passes (it returns inf).
     """
     assert got.shape == want.shape, f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-    want = want.double()
+    got, want = got.detach(), want.detach().double()
     scale = (want if absolute_terms is None else absolute_terms).double()
     difference = got.double() - want
     if not torch.isfinite(difference).all():
