@@ -93,7 +93,9 @@ def test_what_a_call_refuses(argument: str, value: Any, kind: type[Exception], m
 
 def test_labels_cannot_be_dropped_where_there_is_no_row_for_it() -> None:
     model = small_model(class_dropout_prob=0.0)
-    with pytest.raises(InputError, match=r"SiT: force_drop_ids must be None or all zero in a model without a null label"):
+    with pytest.raises(
+        InputError, match=r"SiT: force_drop_ids must be None or all zero in a model without a null label"
+    ):
         model(*batch_for(model), force_drop_ids=torch.tensor([False, True, False]))
     x, t, y = batch_for(model)
     assert torch.equal(model(x, t, y, force_drop_ids=torch.zeros(3, dtype=torch.bool)), model(x, t, y))
