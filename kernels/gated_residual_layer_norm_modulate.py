@@ -32,9 +32,10 @@ from .row_tiles import (
 )
 
 FORWARD_COLUMNS = 48
-# The backward keeps three sums and two modulations of every column: 18 columns a thread at D = 1152 are 222 registers of
-# sm_90, so 8 warps in two programs a multiprocessor, with 55 kB of the next rows on their way. Capping the registers to
-# fit three spills; 9 columns a thread fit 16 warps, but the 128 tail columns then come in 2-byte loads nobody prefetches.
+# The backward keeps three sums and two modulations of every column: 18 columns a thread at D = 1152 are 222 registers
+# of sm_90, so 8 warps in two programs a multiprocessor, with 55 kB of the next rows on their way. Registers capped to
+# fit three programs spill; 9 columns a thread fit 16 warps, but then 128 tail columns come in 2-byte loads, which are
+# not prefetched.
 BACKWARD_COLUMNS = 18
 BACKWARD_STAGES = 2
 BACKWARD_PROGRAMS = 2
@@ -233,7 +234,14 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
         if TAIL > 0:
             dx_t = dy_t * rstd - (x_t * slope + offset)
             dgate_t += _split_gradient(
-                dx_t, dx_new_ptr + at_t, branch_ptr + at_t, gate_t, dx_ptr + at_t, dbranch_ptr + at_t, mask_t, HAS_DX_NEW
+                dx_t,
+                dx_new_ptr + at_t,
+                branch_ptr + at_t,
+                gate_t,
+                dx_ptr + at_t,
+                dbranch_ptr + at_t,
+                mask_t,
+                HAS_DX_NEW,
             )
 
     gate_part = partial_ptr + (sample * tl.num_programs(0) + piece) * D

@@ -3,9 +3,9 @@
 Launchers take what `sra2_fast.ops.layer_norm_modulate` has checked: contiguous x and dy, modulation of any row stride
 and unit last stride. The mathematics and its derivation are in `sra2_fast/reference/layer_norm_modulate.py`.
 
-Bytes at SiT-XL/2, float32 x and bf16 y, per row of 1152: forward 6.9 kB, backward 11.5 kB. The forward holds a row in one
-warp's registers. The backward walks several rows with the next ones already on their way to shared memory, and keeps
-its part of dshift and dscale in registers; partials are summed by a second small launch in a fixed order, without
+Bytes at SiT-XL/2, float32 x and bf16 y, per row of 1152: forward 6.9 kB, backward 11.5 kB. The forward holds a row in
+one warp's registers. The backward walks several rows with the next ones already on their way to shared memory, and
+keeps its part of dshift and dscale in registers; partials are summed by a second small launch in a fixed order, without
 atomics, so runs are bitwise equal.
 """
 
@@ -33,13 +33,14 @@ from .row_tiles import (
 )
 
 # Registers of sm_90 at D = 1152 (benchmarks/aot_table.py): the forward holds 36 columns a thread in 72 registers, 28
-# warps a multiprocessor; the backward at 36 takes 255 and 8 warps, at 18 takes 128 and 16 warps.
+# warps a multiprocessor. The backward at 36 takes 255 and none is left to prefetch; at 18 it takes about 160.
 FORWARD_COLUMNS = 48
 BACKWARD_COLUMNS = 24
-# Two stages prefetch one step ahead; three cost 30 registers and a quarter of the resident warps at D = 1152.
-BACKWARD_STAGES = 2
-# Every program writes partials of 2 D floats: three a multiprocessor keep that to 5 % of the bytes of a batch of 32.
-BACKWARD_PROGRAMS = 3
+# Every program writes partials of 2 D floats, written and read again: with two programs a multiprocessor that is 8 % on
+# top of a bf16 batch of 32, with three 12 %. Two programs of two rows keep enough bytes on their way (37 kB a
+# multiprocessor in bf16, 55 kB in float32) when they run two steps ahead, in three stages.
+BACKWARD_PROGRAMS = 2
+BACKWARD_STAGES = 3
 
 
 @dataclass(frozen=True)

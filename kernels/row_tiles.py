@@ -50,7 +50,7 @@ class RowTiles:
 def split_columns(D: int) -> tuple[int, int]:
     """(main, tail): powers of two, tail possibly 0, with main + tail >= D and the least padding two tiles allow."""
     main = 1 << (D.bit_length() - 1)
-    tail = triton.next_power_of_2(D - main) if D > main else 0
+    tail = triton.next_power_of_2(D - main) if main < D else 0
     return (2 * main, 0) if tail == main else (main, tail)
 
 
@@ -88,11 +88,13 @@ def narrowest(*tensors: torch.Tensor) -> torch.dtype:
     return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a device."""
-    if device.type != "cuda":
-        return ASSUMED_MULTIPROCESSORS
+    return _cuda_multiprocessors(device) if device.type == "cuda" else ASSUMED_MULTIPROCESSORS
+
+
+@functools.cache
+def _cuda_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -1,0 +1,342 @@
+"""Clipped AdamW and the exponential moving average of all parameters in one pass over memory, in place, on CUDA.
+
+`global_norm` reads the gradients once; `adamw_ema_step` then reads five float32 tensors a parameter and writes four, 36
+bytes an element with the moving average, and nothing else. Both take any number of tensors in one launch: a table of
+addresses and a table of chunks lie on the device, made by `tensor_table.py`. The step decides on the device
+whether the norm is finite, so the host never waits. The update's equations are in `sra2_fast/reference/adamw_ema.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .row_tiles import multiprocessors
+from .tensor_table import CHUNK, address_table, chunk_table
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Elements a program touches at once, its warps, and how many programs a multiprocessor reads the norm with."""
+
+    block: int
+    num_warps: int
+    norm_programs: int
+
+
+def launch_config(rows: int, D: int, dtype: torch.dtype) -> LaunchConfig:
+    """The same for every size: the tensors are one stream of chunks. rows and D (tensors, elements) change nothing.
+
+    1024 elements on 4 warps are two 16-byte accesses a thread and tensor: ten in flight before the first use.
+    """
+    return LaunchConfig(block=1024, num_warps=4, norm_programs=8)
+
+
+@triton.jit
+def _tensor_at(table_ptr, index, ALIGNED: tl.constexpr):
+    """The float32 tensor whose address is entry `index`; ALIGNED: all of them start at a multiple of 16 bytes."""
+    pointer = tl.load(table_ptr + index).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _one_minus_power(log_beta, steps):
+    """1 - beta^steps without cancellation: -expm1(x), x = steps log(beta) <= 0.
+
+    At beta = 0.999 and the first step, 1 - exp(x) in float32 would keep 4 of 7 digits. The series is exact to float32
+    for |x| <= 1/2, where it is used.
+    """
+    x = log_beta * steps
+    series = 1.0 + x * (1.0 / 9)
+    series = 1.0 + x * (1.0 / 8) * series
+    series = 1.0 + x * (1.0 / 7) * series
+    series = 1.0 + x * (1.0 / 6) * series
+    series = 1.0 + x * (1.0 / 5) * series
+    series = 1.0 + x * (1.0 / 4) * series
+    series = 1.0 + x * (1.0 / 3) * series
+    series = 1.0 + x * (1.0 / 2) * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _global_norm_kernel(
+    grad_table_ptr,
+    numel_ptr,
+    chunk_tensor_ptr,
+    chunk_number_ptr,
+    partial_ptr,
+    chunks,
+    ALIGNED: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        tensor = tl.load(chunk_tensor_ptr + chunk)
+        first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
+        left = tl.load(numel_ptr + tensor) - first
+        grad_ptr = _tensor_at(grad_table_ptr, tensor, ALIGNED) + first
+        if left >= CHUNK_SIZE:
+            for start in tl.static_range(0, CHUNK_SIZE, BLOCK):
+                grad = tl.load(grad_ptr + start + lane)
+                total += grad * grad
+        else:
+            for start in range(0, left, BLOCK):
+                grad = tl.load(grad_ptr + start + lane, mask=start + lane < left, other=0.0)
+                total += grad * grad
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _root_of_sum_kernel(partial_ptr, norm_ptr, partials, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, partials, BLOCK):
+        total += tl.load(partial_ptr + start + lane, mask=start + lane < partials, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)))
+
+
+@triton.jit
+def _load(pointer, lane, left, FULL: tl.constexpr):
+    if FULL:  # without a mask: one that ends anywhere would take the 16-byte accesses apart
+        return tl.load(pointer + lane)
+    else:
+        return tl.load(pointer + lane, mask=lane < left, other=0.0)
+
+
+@triton.jit
+def _store(pointer, value, lane, left, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointer + lane, value)
+    else:
+        tl.store(pointer + lane, value, mask=lane < left)
+
+
+@triton.jit
+def _update_chunk(
+    param_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    ema_ptr,
+    left,
+    clip,
+    step_size,
+    inverse_root,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    decay,
+    one_minus_ema_decay,
+    HAS_EMA: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The update of `left` elements; FULL: `left` is a multiple of BLOCK."""
+    for start in range(0, left, BLOCK):
+        lane = start + tl.arange(0, BLOCK)
+        grad = _load(grad_ptr, lane, left, FULL) * clip
+        param = _load(param_ptr, lane, left, FULL)
+        exp_avg = _load(exp_avg_ptr, lane, left, FULL)
+        exp_avg_sq = _load(exp_avg_sq_ptr, lane, left, FULL)
+        if HAS_EMA:
+            ema = _load(ema_ptr, lane, left, FULL)
+        exp_avg += one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+        denominator = tl.sqrt(exp_avg_sq) * inverse_root + eps
+        param = param * decay - step_size * (exp_avg / denominator)
+        _store(exp_avg_ptr, exp_avg, lane, left, FULL)
+        _store(exp_avg_sq_ptr, exp_avg_sq, lane, left, FULL)
+        _store(param_ptr, param, lane, left, FULL)
+        if HAS_EMA:
+            _store(ema_ptr, ema + one_minus_ema_decay * (param - ema), lane, left, FULL)
+
+
+@triton.jit
+def _adamw_ema_kernel(
+    param_table_ptr,
+    grad_table_ptr,
+    exp_avg_table_ptr,
+    exp_avg_sq_table_ptr,
+    ema_table_ptr,
+    steps_ptr,
+    norm_ptr,
+    numel_ptr,
+    chunk_tensor_ptr,
+    chunk_number_ptr,
+    lr,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    decay,
+    one_minus_ema_decay,
+    max_grad_norm,
+    HAS_EMA: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    norm = tl.load(norm_ptr)
+    if norm < float("inf"):  # false for NaN too: nothing is read or written then
+        chunk = tl.program_id(0)
+        tensor = tl.load(chunk_tensor_ptr + chunk)
+        first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
+        left = tl.load(numel_ptr + tensor) - first
+        param_ptr = _tensor_at(param_table_ptr, tensor, ALIGNED) + first
+        grad_ptr = _tensor_at(grad_table_ptr, tensor, ALIGNED) + first
+        exp_avg_ptr = _tensor_at(exp_avg_table_ptr, tensor, ALIGNED) + first
+        exp_avg_sq_ptr = _tensor_at(exp_avg_sq_table_ptr, tensor, ALIGNED) + first
+        ema_ptr = _tensor_at(ema_table_ptr, tensor, ALIGNED) + first
+        clip = 1.0
+        if HAS_CLIP:
+            clip = tl.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        steps = tl.load(steps_ptr + tensor)
+        step_size = lr / _one_minus_power(log_beta1, steps)
+        inverse_root = 1.0 / tl.sqrt(_one_minus_power(log_beta2, steps))
+        if left >= CHUNK_SIZE:
+            _update_chunk(
+                param_ptr,
+                grad_ptr,
+                exp_avg_ptr,
+                exp_avg_sq_ptr,
+                ema_ptr,
+                CHUNK_SIZE,
+                clip,
+                step_size,
+                inverse_root,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                eps,
+                decay,
+                one_minus_ema_decay,
+                HAS_EMA,
+                True,
+                BLOCK,
+            )
+        else:
+            _update_chunk(
+                param_ptr,
+                grad_ptr,
+                exp_avg_ptr,
+                exp_avg_sq_ptr,
+                ema_ptr,
+                left,
+                clip,
+                step_size,
+                inverse_root,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                eps,
+                decay,
+                one_minus_ema_decay,
+                HAS_EMA,
+                False,
+                BLOCK,
+            )
+
+
+def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """n = sqrt(sum over all tensors and elements of g^2), a 0-d float32 tensor on the gradients' device.
+
+    grads: float32, each dense and of any shape; at least one tensor. Sums in float32 and in a fixed order.
+    """
+    device = grads[0].device
+    config = launch_config(len(grads), 0, torch.float32)
+    table = address_table((grads,))
+    chunks = chunk_table(grads)
+    norm = torch.empty((), device=device, dtype=torch.float32)
+    if chunks.chunks == 0:
+        return norm.zero_()
+    programs = min(chunks.chunks, config.norm_programs * multiprocessors(device))
+    partial = torch.empty(programs, device=device, dtype=torch.float32)
+    _global_norm_kernel[(programs,)](
+        table.addresses,
+        chunks.numels,
+        chunks.chunk_tensor,
+        chunks.chunk_number,
+        partial,
+        chunks.chunks,
+        ALIGNED=table.is_aligned,
+        CHUNK_SIZE=CHUNK,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    _root_of_sum_kernel[(1,)](partial, norm, programs, BLOCK=1024, num_warps=4)
+    return norm
+
+
+def adamw_ema_step(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    emas: Sequence[torch.Tensor] | None,
+    steps: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+    max_grad_norm: float | None,
+    norm: torch.Tensor,
+) -> None:
+    """One clipped AdamW step and the moving average, in place; nothing changes where `norm` is not finite.
+
+    params, grads, exp_avgs, exp_avg_sqs, emas: float32 tensors, dense, the same shapes and strides across the lists;
+    emas None: no average is kept. steps: (len(params),) float32 on the device, this step counted.
+    norm: 0-d float32 on the device. max_grad_norm None: no clipping.
+    """
+    lists = [params, grads, exp_avgs, exp_avg_sqs]
+    if not params:
+        return
+    chunks = chunk_table(params)
+    if chunks.chunks == 0:
+        return
+    table = address_table((*lists, emas) if emas is not None else lists)
+    config = launch_config(len(params), 0, torch.float32)
+    rows = table.addresses.unbind()
+    _adamw_ema_kernel[(chunks.chunks,)](
+        rows[0],
+        rows[1],
+        rows[2],
+        rows[3],
+        rows[4] if emas is not None else rows[0],
+        steps,
+        norm,
+        chunks.numels,
+        chunks.chunk_tensor,
+        chunks.chunk_number,
+        lr,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        math.log(beta1) if beta1 > 0 else -math.inf,
+        math.log(beta2) if beta2 > 0 else -math.inf,
+        eps,
+        1 - lr * weight_decay,
+        1 - ema_decay if emas is not None else 0.0,
+        0.0 if max_grad_norm is None else max_grad_norm,
+        HAS_EMA=emas is not None,
+        HAS_CLIP=max_grad_norm is not None,
+        ALIGNED=table.is_aligned,
+        CHUNK_SIZE=CHUNK,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )

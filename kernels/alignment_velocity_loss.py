@@ -1,0 +1,256 @@
+"""Both losses of a training step and their gradients, from the projector's last hidden tokens, in one CUDA launch.
+
+The last projection is a product with P columns (16 for a /2 model of 4 channels), so its cost is reading `hidden` once;
+everything else rides along: normalisation, alignment, the flow-matching target, both mean losses and the gradients dp
+and dvelocity. Projection, target and differences never reach memory. The mathematics is in
+`sra2_fast/reference/alignment_velocity_loss.py`.
+
+The first programs of the grid own tiles of tokens for the alignment, the others tiles for the velocity loss; these
+run in the gaps of those, since neither waits for the other. Every program writes one partial sum, and a second small
+launch adds them in a fixed order: no atomics, equal runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import row_tiles
+from .alignment_velocity_tiles import align_tile, velocity_tile
+
+MAX_PATCH_ELEMENTS = 256
+VELOCITY_TILE = 2048
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The tiles of the product (tokens x patch elements, k at a time) and of the velocity loss (tokens)."""
+
+    block_t: int
+    block_p: int
+    block_k: int
+    velocity_block_t: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LaunchConfig:
+    """How to launch on `rows` tokens with K hidden and P patch elements of `hidden`'s dtype. Pure: no device is asked.
+
+    64 tokens are one warpgroup's matrix instruction on sm_90. Fewer tokens than 64 a multiprocessor: smaller tiles, so
+    that the read of `hidden` still spreads over the device.
+    """
+    block_t = 64
+    while block_t > 16 and triton.cdiv(rows, block_t) * 2 <= row_tiles.ASSUMED_MULTIPROCESSORS:
+        block_t //= 2
+    block_p = max(16, triton.next_power_of_2(P))
+    wide = block_p >= 128
+    block_k = min((64 if wide else 128) * 2 // dtype.itemsize, max(32, triton.next_power_of_2(K)))
+    return LaunchConfig(
+        block_t=block_t,
+        block_p=block_p,
+        block_k=block_k,
+        velocity_block_t=max(1, VELOCITY_TILE // block_p),
+        num_warps=8 if wide else 4,
+        num_stages=3 if wide else 4,
+    )
+
+
+@triton.jit
+def _alignment_velocity_loss_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    velocity_ptr,
+    latents_ptr,
+    noise_ptr,
+    t_ptr,
+    dvelocity_ptr,
+    dp_ptr,
+    align_partial_ptr,
+    velocity_partial_ptr,
+    tokens,
+    N,
+    tokens_wide,
+    height,
+    width,
+    align_programs,
+    inverse_tokens,
+    inverse_elements,
+    beta,
+    eps,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    COSINE_PATH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    VELOCITY_BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < align_programs:
+        align_tile(
+            program,
+            hidden_ptr,
+            weight_ptr,
+            bias_ptr,
+            latents_ptr,
+            dp_ptr,
+            align_partial_ptr,
+            tokens,
+            N,
+            tokens_wide,
+            height,
+            width,
+            inverse_tokens,
+            inverse_elements,
+            beta,
+            eps,
+            K,
+            P,
+            CHANNELS,
+            PATCH,
+            ALIGN,
+            BLOCK_T,
+            BLOCK_P,
+            BLOCK_K,
+            PRECISION,
+        )
+    else:
+        velocity_tile(
+            program - align_programs,
+            velocity_ptr,
+            latents_ptr,
+            noise_ptr,
+            t_ptr,
+            dvelocity_ptr,
+            velocity_partial_ptr,
+            tokens,
+            N,
+            tokens_wide,
+            height,
+            width,
+            inverse_elements,
+            P,
+            CHANNELS,
+            PATCH,
+            COSINE_PATH,
+            VELOCITY_BLOCK_T,
+            BLOCK_P,
+        )
+
+
+@triton.jit
+def _sum_partials_kernel(
+    align_partial_ptr,
+    velocity_partial_ptr,
+    align_loss_ptr,
+    velocity_loss_ptr,
+    align_programs,
+    velocity_programs,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    align = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, align_programs, BLOCK):
+        align += tl.load(align_partial_ptr + start + lane, mask=start + lane < align_programs, other=0.0)
+    velocity = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, velocity_programs, BLOCK):
+        velocity += tl.load(velocity_partial_ptr + start + lane, mask=start + lane < velocity_programs, other=0.0)
+    tl.store(align_loss_ptr, tl.sum(align, axis=0))
+    tl.store(velocity_loss_ptr, tl.sum(velocity, axis=0))
+
+
+def alignment_velocity_loss_fwd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    velocity_tokens: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    patch_size: int,
+    path: str,
+    align: str,
+    beta: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(velocity loss, alignment loss, dvelocity, dp): both means and the gradients of each, not yet scaled.
+
+    hidden: (B, N, K) float32 or bf16; weight: (P, K) of hidden's type; bias: (P,); velocity_tokens: (B, N, P) float32
+    or bf16; latents, noise: (B, C, H, W) float32; t: (B,) float32 in [0, 1]. All contiguous.
+    path: "linear" or "cosine". align: "cosine", "smooth_l1", "mse" or "l1".
+    Returns two 0-d float32 losses (NaN for an empty batch, as a mean is), dvelocity like velocity_tokens and dp
+    (B, N, P) of hidden's type. Sums in float32 (float32 products as three tf32 ones, 2^-22 from exact), one rounding to
+    each gradient's type, fixed order.
+    """
+    B, N, K = hidden.shape
+    P = weight.shape[0]
+    channels, height, width = latents.shape[1:]
+    dvelocity = torch.empty_like(velocity_tokens)
+    dp = torch.empty((B, N, P), device=hidden.device, dtype=hidden.dtype)
+    velocity_loss = torch.empty((), device=hidden.device, dtype=torch.float32)
+    align_loss = torch.empty_like(velocity_loss)
+    tokens = B * N
+    if tokens == 0:
+        return velocity_loss.fill_(float("nan")), align_loss.fill_(float("nan")), dvelocity, dp
+    config = launch_config(tokens, K, P, hidden.dtype)
+    align_programs = triton.cdiv(tokens, config.block_t)
+    velocity_programs = triton.cdiv(tokens, config.velocity_block_t)
+    partials = torch.empty(align_programs + velocity_programs, device=hidden.device, dtype=torch.float32)
+    velocity_partials = partials[align_programs:]
+    _alignment_velocity_loss_kernel[(align_programs + velocity_programs,)](
+        hidden,
+        weight,
+        bias,
+        velocity_tokens,
+        latents,
+        noise,
+        t,
+        dvelocity,
+        dp,
+        partials,
+        velocity_partials,
+        tokens,
+        N,
+        width // patch_size,
+        height,
+        width,
+        align_programs,
+        1.0 / tokens,
+        1.0 / (tokens * P),
+        beta,
+        eps,
+        K=K,
+        P=P,
+        CHANNELS=channels,
+        PATCH=patch_size,
+        COSINE_PATH=path == "cosine",
+        ALIGN=align,
+        BLOCK_T=config.block_t,
+        BLOCK_P=config.block_p,
+        BLOCK_K=config.block_k,
+        VELOCITY_BLOCK_T=config.velocity_block_t,
+        PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    _sum_partials_kernel[(1,)](
+        partials,
+        velocity_partials,
+        align_loss,
+        velocity_loss,
+        align_programs,
+        velocity_programs,
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
+    )
+    return velocity_loss, align_loss, dvelocity, dp
