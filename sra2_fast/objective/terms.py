@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import must_be
-from ..ops import alignment_velocity_loss as _fused
 from ..ops.alignment_velocity_loss import alignment_loss, velocity_loss
+from ..ops.alignment_velocity_loss import alignment_velocity_loss as _fused
 from ..ops.alignment_velocity_loss import eager as _eager
 
 
