@@ -15,6 +15,7 @@ from sra2_fast import SiT, SiT_models
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import counting
+import fused_speedup
 import plot
 import step_rows
 import step_time
@@ -156,6 +157,19 @@ def test_fused_is_the_default_and_passes_its_check(tmp_path: Path) -> None:
     assert step_time.main(arguments) == 0
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert {one["implementation"] for one in records} == {"fused"}
+
+
+@needs_extension
+def test_fused_speedup_times_both_on_the_same_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speedup.jsonl"
+    arguments = ["--model", "32,2,2,8", "--batch-size", "2", "--steps", "3", "--precision", "fp32"]
+    assert fused_speedup.main([*arguments, "--json", str(file)]) == 0
+    eager, fused = (json.loads(line) for line in file.read_text().splitlines())
+    assert (eager["implementation"], fused["implementation"]) == ("eager", "fused") and eager["speedup_over_eager"] == 1
+    assert eager["loss"] == pytest.approx(fused["loss"], rel=1e-4)  # after the same steps on the same batches
+    assert f"{fused['speedup_over_eager']:5.2f}x" in capsys.readouterr().out
+    assert fused_speedup.main([*arguments, "--steps", "0"]) == 2
+    assert "--steps must be 1 or more, got 0" in capsys.readouterr().err
 
 
 @needs_extension
