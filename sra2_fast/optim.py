@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import InputError, must_be, must_have_type
 from .ops import adamw_ema as op
 
-IMPLEMENTATIONS = ("fused", "eager")
+IMPLEMENTATIONS = ("fused", "eager", "apex")
 TORCH_ONLY = ("foreach", "capturable", "differentiable", "fused")  # how torch runs AdamW, not what it computes
 
 
@@ -43,7 +43,8 @@ class AdamWEMA(torch.optim.Optimizer):
     lr, betas, eps, weight_decay: as in torch.optim.AdamW; floats. Per group; may change between steps.
     ema_decay: weight of the old average, in [0, 1], or None for no averaging. Per group; may change between steps.
     max_grad_norm: clip the norm over the gradients of all groups to this, or None.
-    implementation: "fused" (the kernels; None means this) or "eager" (PyTorch's own operators).
+    implementation: "fused" (the kernels; None means this), "eager" (PyTorch's own operators) or "apex" (the kernel of
+        NVIDIA apex's FusedAdam, CUDA only; clip and average are PyTorch's).
 
     `.grad_norm` is the 0-d norm of the last step before clipping, `.skipped_steps` the 0-d int64 count of steps whose
     norm was not finite: both on the device, so that reading them late is the caller's choice. Such a step changes
@@ -51,7 +52,8 @@ class AdamWEMA(torch.optim.Optimizer):
     "eager" clips `p.grad` in place, "fused" leaves it as it was. Everything is accumulated in the type of the
     parameters, and is deterministic.
 
-    Raises InputError, InputTypeError: a setting out of range, parameters of another type or on several devices.
+    Raises InputError, InputTypeError: a setting out of range, parameters of another type or on several devices, apex
+        asked for where it does not import.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> None:
         if implementation not in (None, *IMPLEMENTATIONS):
             raise must_be("AdamWEMA", "implementation", f"one of {', '.join(IMPLEMENTATIONS)}", repr(implementation))
+        if implementation == "apex" and (why := op.why_not_apex()) is not None:
+            raise InputError(f'AdamWEMA: implementation="apex" needs NVIDIA apex with its CUDA kernels: {why}')
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise must_be("AdamWEMA", "max_grad_norm", "a number above 0, or None", max_grad_norm)
         self.implementation = implementation or "fused"
@@ -93,12 +97,14 @@ class AdamWEMA(torch.optim.Optimizer):
             raise
 
     def _check_param(self, name: str, param: Tensor, device: torch.device | None) -> None:
-        allowed = (torch.float32,) if self.implementation == "fused" else (torch.float32, torch.bfloat16, torch.float64)
-        if param.dtype not in allowed:
+        is_eager = self.implementation == "eager"
+        if param.dtype not in ((torch.float32, torch.bfloat16, torch.float64) if is_eager else (torch.float32,)):
             expected = "float32, bfloat16 or float64"
-            if self.implementation == "fused":
+            if not is_eager:
                 expected = 'float32 (implementation="eager" also takes bfloat16 and float64)'
             raise must_have_type("AdamWEMA", f"parameter {name}", expected, param.dtype)
+        if self.implementation == "apex" and param.device.type != "cuda":
+            raise must_be("AdamWEMA", f"parameter {name}", 'on cuda for implementation="apex"', param.device)
         if param.device != device:
             raise must_be("AdamWEMA", f"parameter {name}", f"on {device} as the first one", param.device)
         if torch.empty_like(param, device="meta").stride() != param.stride():
@@ -147,7 +153,8 @@ class AdamWEMA(torch.optim.Optimizer):
         if self._is_fused(params[0]):
             norm = op.global_norm([_dense_grad(p) for p in params])
         else:
-            norm = op.eager_norm_and_clip(params, self.max_grad_norm)
+            is_eager = self.implementation != "apex"  # apex's kernel clips
+            norm = op.eager_norm_and_clip(params, self.max_grad_norm if is_eager else None)
         is_finite = torch.isfinite(norm)
         self.grad_norm = norm
         self.skipped_steps = self.skipped_steps.to(norm.device, non_blocking=True)
@@ -167,12 +174,16 @@ class AdamWEMA(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "ema_decay": group["ema_decay"],
         }
+        tensors = (a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps)
+        clip = {"max_grad_norm": self.max_grad_norm, "norm": norm}
         if self._is_fused(a.params[0]):
             a.steps += is_finite
-            clip = {"max_grad_norm": self.max_grad_norm, "norm": norm}
-            op.adamw_ema_step(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps, **settings, **clip)
+            op.adamw_ema_step(*tensors, **settings, **clip)
+        elif self.implementation == "apex":
+            a.steps += is_finite
+            op.apex(*tensors, **settings, **clip, is_finite=is_finite)
         else:
-            op.eager(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps, **settings, is_finite=is_finite)
+            op.eager(*tensors, **settings, is_finite=is_finite)
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:

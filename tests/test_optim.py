@@ -1,9 +1,11 @@
-"""AdamWEMA as an optimizer: state, groups, schedulers, names, averages, refusals. The arithmetic is test_adamw_ema's."""
+"""AdamWEMA as an optimizer: state, groups, schedulers, names, averages. The arithmetic is test_adamw_ema's."""
 
 from __future__ import annotations
 
 import copy
 import io
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from sra2_fast.errors import InputError
 from sra2_fast.optim import AdamWEMA
+from sra2_fast.reference import adamw_ema as reference
 
 IMPLEMENTATIONS = ("eager", "fused")
 
@@ -91,7 +94,7 @@ def test_average_starts_at_the_weights_of_a_loaded_adamw() -> None:
     model = make_model()
     theirs = torch.optim.AdamW(model.parameters())
     train(model, theirs, 0, 3)
-    state = {k: v for k, v in theirs.state_dict().items()}
+    state = theirs.state_dict()
     for entry in state["state"].values():
         entry.pop("ema", None)
     opt = AdamWEMA(model.named_parameters())
@@ -252,6 +255,41 @@ def test_eager_takes_other_types(dtype: torch.dtype) -> None:
     torch.testing.assert_close(opt.ema_state_dict()["0"], torch.full((5,), 0.875, dtype=dtype))
 
 
+def test_apex_is_called_as_its_kernel_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of the kernel's argument list (apex/optimizers/fused_adam.py, capturable): apex needs a GPU."""
+
+    def adam(chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, inv_scale):
+        assert mode == bias_correction == 1 and step.dtype == noop.dtype == torch.int32
+        if int(noop):
+            return
+        for grad, *rest in zip(*lists, strict=True):
+            p, m, s = rest
+            settings = {"lr": float(lr), "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+            no_more = {"norm": inv_scale.new_ones(()), "ema_decay": None, "max_grad_norm": None}
+            new = reference.adamw_ema(p, grad * inv_scale, m, s, None, int(step), **settings, **no_more)
+            for old, value in zip(rest, new[:3], strict=True):
+                old.copy_(value)
+
+    amp = types.SimpleNamespace(multi_tensor_adam_capturable=adam)
+    apply = types.SimpleNamespace(multi_tensor_applier=lambda f, noop, lists, *rest: f(65536, noop, lists, *rest))
+    monkeypatch.setitem(sys.modules, "amp_C", amp)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.multi_tensor_apply", apply)
+    models = [make_model()]
+    models.append(copy.deepcopy(models[0]))
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "ema_decay": 0.9}
+    opts = [AdamWEMA(m.named_parameters(), **settings, implementation="eager") for m in models]
+    opts[1].implementation = "apex"  # past the refusal of a CPU
+    for opt, model in zip(opts, models, strict=True):
+        train(model, opt, 0, 6)
+        model[0].weight.grad[0, 0] = float("nan")
+        opt.step()
+        assert int(opt.skipped_steps) == 1
+    for one, other in zip(*[opt.ema_state_dict().values() for opt in opts], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert [float(s["step"]) for s in opts[1].state.values()] == [6.0] * 3
+
+
 def test_copy_and_pickle_keep_everything() -> None:
     p = nn.Parameter(torch.randn(5))
     opt = AdamWEMA([p], lr=0.1, ema_decay=0.5, max_grad_norm=2.0, implementation="eager")
@@ -264,83 +302,3 @@ def test_copy_and_pickle_keep_everything() -> None:
     twin.step()
     assert torch.equal(p, q) and twin.max_grad_norm == 2.0 and twin.implementation == "eager"
     assert torch.equal(opt.ema_state_dict()["0"], twin.ema_state_dict()["0"])
-
-
-def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(4, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": -1.0}, "lr must be a finite float, 0 or more, got -1.0"),
-        ({"lr": torch.tensor(0.1)}, "lr must be a finite float, 0 or more"),
-        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": -1e-8}, "eps must be a finite number, 0 or more, got -1e-08"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a finite number, 0 or more, got nan"),
-        ({"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\], or None, got 1.5"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be a number above 0, or None, got 0.0"),
-        ({"implementation": "quick"}, "implementation must be one of fused, eager.*, got 'quick'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(InputError, match=f"AdamWEMA: {message}"):
-        AdamWEMA([parameter()], **settings)
-
-
-def test_parameters_it_cannot_take_are_refused() -> None:
-    with pytest.raises(
-        TypeError, match='parameter 0 must be float32 .implementation="eager" also takes.*got torch.bfl'
-    ):
-        AdamWEMA([parameter(torch.bfloat16)])
-    for dtype in (torch.float16, torch.complex64):
-        with pytest.raises(TypeError, match="parameter w must be float32, bfloat16 or float64, got torch"):
-            AdamWEMA([("w", parameter(dtype))], implementation="eager")
-    with pytest.raises(InputError, match="parameter 1 must be on cpu as the first one, got meta"):
-        AdamWEMA([parameter(), nn.Parameter(torch.zeros(3, device="meta"))])
-    with pytest.raises(InputError, match="parameter 0 must be dense in memory, got strides"):
-        AdamWEMA([nn.Parameter(torch.zeros(4, 4)[:, ::2])])
-    opt = AdamWEMA([parameter()])
-    with pytest.raises(InputError, match="lr must be"):
-        opt.add_param_group({"params": [parameter()], "lr": -1.0})
-    assert len(opt.param_groups) == 1
-    opt.param_groups[0]["lr"] = torch.tensor(0.1)
-    opt.param_groups[0]["params"][0].grad = torch.ones(4)
-    with pytest.raises(InputError, match="lr must be a float, got Tensor"):
-        opt.step()
-
-
-def test_sparse_gradient_is_refused_by_name() -> None:
-    table = nn.Embedding(5, 3, sparse=True)
-    opt = AdamWEMA(table.named_parameters())
-    table(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(
-        InputError, match=r"the gradient of weight must be dense \(embeddings: sparse=False\), got a spa"
-    ):
-        opt.step()
-
-
-def test_states_of_other_optimizers_are_refused() -> None:
-    def state_of(cls: type[torch.optim.Optimizer], **options: bool) -> dict:
-        return cls([parameter()], **options).state_dict()
-
-    opt = AdamWEMA([parameter()])
-    with pytest.raises(InputError, match="amsgrad of the loaded state must be False, got True"):
-        opt.load_state_dict(state_of(torch.optim.AdamW, amsgrad=True))
-    with pytest.raises(InputError, match="maximize of the loaded state must be False, got True"):
-        opt.load_state_dict(state_of(torch.optim.AdamW, maximize=True))
-    with pytest.raises(InputError, match="the loaded state must be of AdamW, got Adam's"):
-        opt.load_state_dict(state_of(torch.optim.Adam))
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        opt.load_state_dict(AdamWEMA([{"params": [parameter()]}, {"params": [parameter()]}]).state_dict())
-
-
-def test_averages_that_are_not_kept_are_refused() -> None:
-    model = make_model()
-    opt = AdamWEMA(model.parameters(), ema_decay=None)
-    train(model, opt, 0, 1)
-    assert "ema" not in opt.state[model[0].weight]
-    with pytest.raises(InputError, match="ema_decay must be a float for ema_state_dict, got None"):
-        opt.ema_state_dict()
-    with pytest.raises(InputError, match="ema_decay must be a float for swap_ema, got None"), opt.swap_ema(model):
-        pass

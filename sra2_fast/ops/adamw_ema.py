@@ -1,13 +1,14 @@
 """Clip, AdamW and EMA over a list of parameters, in place and without asking the host anything.
 
 `eager_*` is the public style made of PyTorch's own operators: clip_grad_norm_, AdamW(foreach), a loop over the averaged
-tensors. `global_norm` and `adamw_ema_step` are one read of the gradients and one pass over everything: csrc/adamw_ema*
-(C++), kernels/adamw_ema.py (Triton). The bookkeeping (state, groups, step counts) is `sra2_fast.optim.AdamWEMA`'s; the
-equations are in reference/adamw_ema.py.
+tensors. `apex` has NVIDIA apex's kernel in the middle instead. `global_norm` and `adamw_ema_step` are one read of the
+gradients and one pass over everything: csrc/adamw_ema* (C++), kernels/adamw_ema.py (Triton). The bookkeeping (state,
+groups, step counts) is `sra2_fast.optim.AdamWEMA`'s; the equations are in reference/adamw_ema.py.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -132,6 +133,64 @@ def eager(
         weight_decay=weight_decay,
         eps=eps,
         maximize=False,
+    )
+    if emas is not None:
+        assert ema_decay is not None
+        eager_ema(emas, params, ema_decay, is_finite)
+
+
+def why_not_apex() -> str | None:
+    """None where apex's capturable multi-tensor Adam can be called, else the reason in words."""
+    if not backends.has_apex():
+        return "apex.optimizers does not import (PyPI's apex is another package)"
+    try:
+        amp = importlib.import_module("amp_C")
+    except ImportError as error:
+        return f"its CUDA extension does not import: {error}"
+    return None if hasattr(amp, "multi_tensor_adam_capturable") else "it is older than its capturable FusedAdam"
+
+
+def apex(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor] | None,
+    steps: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float | None,
+    max_grad_norm: float | None,
+    norm: Tensor,
+    is_finite: Tensor,
+) -> None:
+    """`adamw_ema_step` with the kernel under apex's FusedAdam (capturable: it takes its skip flag on the device).
+
+    The clip goes in as the kernel's gradient scale. One step count serves all parameters of the call, the first one's,
+    as in FusedAdam. The averages are a loop, as apex has none.
+    """
+    adam = importlib.import_module("amp_C").multi_tensor_adam_capturable
+    applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    clip = torch.ones_like(norm) if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    rate = torch.full((1,), lr, device=norm.device)
+    is_adamw = has_bias_correction = 1
+    applier(
+        adam,
+        (~is_finite).int().reshape(1),
+        [grads, params, exp_avgs, exp_avg_sqs],
+        rate,
+        beta1,
+        beta2,
+        eps,
+        steps[:1].int(),
+        is_adamw,
+        has_bias_correction,
+        weight_decay,
+        clip.reshape(1),
     )
     if emas is not None:
         assert ema_decay is not None
