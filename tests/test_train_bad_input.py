@@ -49,6 +49,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             {"model": "16,2,2,3"},
             r"digits has latents of 8x8, which the patch size 3 of --model 16,2,2,3 does not divide",
         ),
+        ({"num_classes": 5}, r"label out of range: digits has 10 classes, the model 5; set num_classes to 10 or more"),
+        (
+            {"sample_every": 2, "sample_cfg": 2.0, "label_dropout": 0.0},
+            r"--sample-cfg 2\.0 needs --label-dropout above 0",
+        ),
         ({"align_depth": 3}, r"align_depth must be .*2.*, got 3"),
         ({"data": "/no/such/folder"}, r"/no/such/folder does not exist"),
         ({"target": "features"}, r"--target features needs encoder features"),
@@ -83,7 +88,7 @@ class SpoiledDigits(DigitsSource):
 def test_a_latent_with_nan_is_named_and_nothing_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(loop, "open_data", lambda spec: SpoiledDigits())
+    monkeypatch.setattr(loop, "open_data", lambda spec, num_classes: SpoiledDigits())
     with pytest.raises(InputError, match=r"data: NaN or infinity in sample 100 of digits"):
         train(options(tmp_path / "run", steps=20, batch_size=256, workers=workers))
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -92,7 +97,7 @@ def test_a_latent_with_nan_is_named_and_nothing_is_saved(
 def test_latents_that_are_not_square_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source: LatentSource = DigitsSource()
     source.shape = (1, 8, 4)
-    monkeypatch.setattr(loop, "open_data", lambda spec: source)
+    monkeypatch.setattr(loop, "open_data", lambda spec, num_classes: source)
     with pytest.raises(InputError, match=r"latents of digits must be square, got 8x4"):
         train(options(tmp_path / "run"))
 

@@ -97,7 +97,7 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
             **sizes,
             input_size=height,
             in_channels=channels,
-            num_classes=source.num_classes,
+            num_classes=options.num_classes or source.num_classes,
             class_dropout_prob=options.label_dropout,
             learn_sigma=False,
             qk_norm=options.qk_norm,

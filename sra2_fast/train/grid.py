@@ -45,12 +45,12 @@ class SampleGrid:
         self._steps = steps
         self._cfg_scale = cfg_scale
 
-    def draw(self, model: SiT, device: torch.device) -> np.ndarray:
-        """(height, width, 3) uint8; the model is used as it is, in eval mode."""
+    def sample(self, model: SiT, device: torch.device) -> torch.Tensor:
+        """z (n, C, H, W) from the model as it is, in eval mode."""
         was_training = model.training
         model.eval()
         try:
-            latents = sample_ode(
+            return sample_ode(
                 model,
                 self.noise.to(device),
                 self.labels.to(device),
@@ -60,6 +60,9 @@ class SampleGrid:
             )
         finally:
             model.train(was_training)
+
+    def picture(self, latents: torch.Tensor) -> np.ndarray:
+        """(height, width, 3) uint8 of what `sample` returned."""
         return tile(self._decode(latents), self.columns)
 
 

@@ -47,7 +47,7 @@ def train(options: TrainOptions) -> TrainResult:
     Raises InputError for bad input, NonFiniteLoss when a loss or the gradient is not finite.
     """
     options = build.resolve(options)
-    source = open_data(options.data)
+    source = open_data(options.data, options.num_classes)
     directory = RunDirectory(options.out)
     try:
         return Trainer(options, source, directory).train()
@@ -265,8 +265,8 @@ class Trainer:
             return
         paused = time.perf_counter()
         with self.optimizer.swap_ema(self.model), self._autocast():
-            picture = self.grid.draw(self.model, self.device)
-        write_png(picture, self.directory.samples / f"step-{self.step:08d}.png")
+            latents = self.grid.sample(self.model, self.device)
+        write_png(self.grid.picture(latents), self.directory.samples / f"step-{self.step:08d}.png")
         self._clock_start += time.perf_counter() - paused
 
     def _write_config(self) -> None:

@@ -36,6 +36,7 @@ class TrainOptions:
     out: str = _option("", "folder of the run: checkpoints, samples, metrics (required)", shapes_run=False)
     data: str = _option("digits", "'digits', or a folder of latents", shapes_run=False)
     model: str = _option("SiT-B/2", "a registry name, or 'D,depth,heads,patch' such as 128,6,4,2")
+    num_classes: int | None = _option(None, "labels of the model, without the null label (default: those of the data)")
     qk_norm: bool = _option(False, "normalise queries and keys")
     steps: int = _option(400_000, "train up to this step", shapes_run=False)
     batch_size: int = _option(256, "images a step")
@@ -96,8 +97,8 @@ class TrainOptions:
             value = getattr(self, name)
             if not _accepts(kind, value):
                 raise must_be("train", f"--{name.replace('_', '-')}", _describe(kind), repr(value))
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_steps"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch_size", "num_classes", "log_every", "checkpoint_every", "sample_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise must_be("train", f"--{name.replace('_', '-')}", "at least 1", getattr(self, name))
         for name in (
             "lr_warmup",
@@ -115,6 +116,10 @@ class TrainOptions:
                 raise must_be("train", f"--{name.replace('_', '-')}", "at least 0 and below 1", getattr(self, name))
         if not 0.0 < self.lr < float("inf"):
             raise must_be("train", "--lr", "above 0", self.lr)
+        if self.sample_every and self.sample_cfg != 1.0 and self.label_dropout == 0.0:
+            raise InputError(
+                f"train: --sample-cfg {self.sample_cfg} needs --label-dropout above 0, or there is no null label"
+            )
         if self.align_schedule == "stop" and self.align_schedule_steps is None:
             raise InputError("train: --align-schedule stop needs --align-schedule-steps, the step it stops at")
 
