@@ -321,7 +321,8 @@ def gated_residual_layer_norm_modulate_bwd(
     dx = torch.empty_like(x_new)
     dbranch = torch.empty_like(branch)
     if x_new.numel() == 0:
-        return dx, dbranch, *(torch.zeros((B, D), device=dx.device, dtype=torch.float32) for _ in range(3))
+        nothing = torch.zeros((B, D), device=dx.device, dtype=torch.float32)
+        return dx, dbranch, nothing, nothing.clone(), nothing.clone()
     config = launch_config(B * N, D, narrowest(x_new, dy, branch, gate, scale))
     tiles = config.backward
     slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(dx.device))

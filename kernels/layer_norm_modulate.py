@@ -229,7 +229,8 @@ def layer_norm_modulate_bwd(
     B, N, D = x.shape
     dx = torch.empty_like(x)
     if x.numel() == 0:
-        return dx, *(torch.zeros((B, D), device=x.device, dtype=torch.float32) for _ in range(2))
+        nothing = torch.zeros((B, D), device=x.device, dtype=torch.float32)
+        return dx, nothing, nothing.clone()
     config = launch_config(B * N, D, narrowest(x, dy, scale))
     tiles = config.backward
     slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(x.device))

@@ -63,15 +63,16 @@ def chunk_table(tensors: Sequence[torch.Tensor]) -> ChunkTable:
     first_chunk = chunks_each.cumsum(0) - chunks_each
     chunk_tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks_each)
     chunk_number = torch.arange(len(chunk_tensor)) - first_chunk[chunk_tensor]
-    host = [counts, chunk_tensor.int(), chunk_number.int()]
+    host = (counts, chunk_tensor.int(), chunk_number.int())
     if _is_capturing(device):
         # A replay copies again, so the staging memory must live, and until the first replay the table is empty: nobody
         # else may find it.
-        host = [tensor.pin_memory() for tensor in host]
-        table = ChunkTable(*(tensor.to(device, non_blocking=True) for tensor in host), len(chunk_tensor))
-        _captured.append((table, host))
-        return table
-    return _chunk_tables.setdefault(key, ChunkTable(*(tensor.to(device) for tensor in host), len(chunk_tensor)))
+        pinned = [tensor.pin_memory() for tensor in host]
+        on_device = [tensor.to(device, non_blocking=True) for tensor in pinned]
+        _captured.append((on_device, pinned))
+        return ChunkTable(on_device[0], on_device[1], on_device[2], len(chunk_tensor))
+    on_device = [tensor.to(device) for tensor in host]
+    return _chunk_tables.setdefault(key, ChunkTable(on_device[0], on_device[1], on_device[2], len(chunk_tensor)))
 
 
 def address_table(lists: Sequence[Sequence[torch.Tensor]]) -> AddressTable:
