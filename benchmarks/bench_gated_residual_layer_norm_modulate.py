@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_bench import OpCase, compiled, passes
+from peers import liger_gated_residual_layer_norm_modulate
 
 from sra2_fast.ops.gated_residual_layer_norm_modulate import eager, gated_residual_layer_norm_modulate
 from sra2_fast.reference import gated_residual_layer_norm_modulate as reference
@@ -31,6 +32,8 @@ def test_gated_residual_layer_norm_modulate(compare, bench_device, size, dtype, 
         "eager": eager,
         "compile": compiled(eager),
     }
+    if bench_device.type == "cuda" and (liger := liger_gated_residual_layer_norm_modulate()) is not None:
+        functions["liger"] = liger
     variants = {name: passes(f, inputs, (dx_new, dy), direction) for name, f in functions.items()}
 
     def check() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_bench import OpCase, compiled, passes
+from peers import liger_layer_norm_modulate
 
 from sra2_fast.ops.layer_norm_modulate import eager, layer_norm_modulate
 from sra2_fast.reference import layer_norm_modulate as reference
@@ -30,6 +31,8 @@ def test_layer_norm_modulate(compare, bench_device, size, dtype, direction):
     )
     dy = torch.randn(b, n, d, device=bench_device).to(dtype)
     functions = {"fused": layer_norm_modulate, "eager": eager, "compile": compiled(eager)}
+    if bench_device.type == "cuda" and (liger := liger_layer_norm_modulate()) is not None:
+        functions["liger"] = liger
     variants = {name: passes(f, (x, shift, scale), (dy,), direction) for name, f in functions.items()}
 
     def check() -> None:

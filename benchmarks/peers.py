@@ -61,3 +61,23 @@ def liger_layer_norm_modulate() -> Callable[..., torch.Tensor] | None:
         return normed * (1 + scale[:, None]) + shift[:, None]
 
     return layer_norm_modulate
+
+
+def liger_gated_residual_layer_norm_modulate() -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """The residual in PyTorch, then Liger's norm: (x, branch, gate, shift, scale, eps) -> (x_new, y), or None."""
+    norm = liger_layer_norm_modulate()
+    if norm is None:
+        return None
+
+    def gated_residual_layer_norm_modulate(
+        x: torch.Tensor,
+        branch: torch.Tensor,
+        gate: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        eps: float = 1e-6,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_new = x + gate[:, None] * branch
+        return x_new, norm(x_new, shift, scale, eps)
+
+    return gated_residual_layer_norm_modulate
