@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .. import backends
+from ..errors import must_be
 from .checks import IS_FUSED
 
 _IS_FUSED = {**IS_FUSED, "cuda": backends.cuda_kernels() == "triton"}
@@ -37,6 +38,8 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     grads: float32, dense in memory, at least one. Squares are added in float32 over fixed chunks and these in float64
     (on the CPU): deterministic for any number of threads.
     """
+    if not grads:
+        raise must_be("adamw_ema", "grads", "at least one tensor", "none")
     return torch.ops.sra2_fast.adamw_ema_norm(grads)
 
 
