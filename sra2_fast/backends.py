@@ -60,6 +60,8 @@ def cpu_instruction_set() -> str | None:
     """What the CPU kernels use: "avx512", "avx2" or "base"; None without the extension."""
     if not _library("cpu").exists():
         return None
+    import torch  # noqa: F401  (the library finds torch's in the process)
+
     library = ctypes.CDLL(str(_library("cpu")))
     library.sra2_cpu_isa.restype = ctypes.c_char_p
     return library.sra2_cpu_isa().decode()
