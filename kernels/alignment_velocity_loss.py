@@ -56,7 +56,7 @@ def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LaunchConfig
         block_k=block_k,
         velocity_block_t=max(1, VELOCITY_TILE // block_p),
         num_warps=8 if wide else 4,
-        num_stages=3 if wide else 4,
+        num_stages=3 if block_p >= 64 else 4,  # 96 kB at P = 64, so that two programs share a multiprocessor
     )
 
 
