@@ -184,7 +184,8 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
         tiny(tmp_path, steps=10, sample_every=5, sample_steps=2, checkpoint_every=4, keep_checkpoints=2, qk_norm=True)
     )
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["options"]["align_depth"] == 1 and config["options"]["seed"] == 0
+    assert config["options"]["align_depth"] == 1 and config["options"]["align_weight"] == 0.5
+    assert config["options"]["seed"] == 0
     assert config["model"]["qk_norm"] is True and config["versions"]["torch"] == torch.__version__
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert record["loss"] == pytest.approx(record["velocity"] + 0.5 * record["align"], rel=1e-12)
@@ -193,6 +194,8 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000010"]
     assert any((tmp_path / "tensorboard").iterdir())
+    latents = load_checkpoint(final(tmp_path, 10)).state["latents"]
+    assert latents == {"kind": "grayscale", "shift": [8.0], "scale": [0.125], "white": 16.0, "vae": None}
 
 
 def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
     assert isinstance(options.lr, float) and options.out == "runs/b" and options.steps == 400_000
 
 
-@pytest.mark.parametrize("name", ["digits", "sit-b-2", "sit-l-2", "sit-xl-2"])
+@pytest.mark.parametrize("name", ["digits", "sit-b2", "sit-l2", "sit-xl2"])
 def test_every_shipped_configuration_is_valid(root: Path, name: str) -> None:
     options = parse("--config", str(root / "configs" / f"{name}.toml"), "--out", "runs/x")
     assert options.align == "cosine"
     if name != "digits":
         assert (options.batch_size, options.lr, options.ema_decay) == (256, 1e-4, 0.9999)
-        assert options.model.lower().replace("/", "-") == name
+        assert options.model.lower().replace("/", "") == name
 
 
 @pytest.mark.parametrize(

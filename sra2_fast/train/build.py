@@ -13,6 +13,7 @@ from ..data import LatentSource
 from ..errors import InputError, must_be
 from ..model import SiT, SiT_models
 from ..objective import SRA2Loss
+from ..objective.sra2_loss import DEFAULT_WEIGHT
 from ..optim import AdamWEMA
 from .options import TrainOptions
 
@@ -41,6 +42,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         implementation="fused" if options.implementation == "auto" else options.implementation,
         compile=on_gpu if options.compile is None else options.compile,
         workers=(LOADER_WORKERS_ON_GPU if on_gpu else 0) if options.workers is None else options.workers,
+        align_weight=DEFAULT_WEIGHT.get(options.align, 0.0) if options.align_weight is None else options.align_weight,
         align_depth=None if options.align == "none" else options.align_depth or default_align_depth(options, depth),
         align_schedule_steps=options.align_schedule_steps or (options.steps if has_linear_schedule else None),
     )

@@ -73,12 +73,17 @@ class Trainer:
         self.optimizer = build.build_optimizer(options, self.model)
         pending = self._restore(checkpoint) if checkpoint else []
         self.history = StepHistory(options.log_every, self.device, pending)
-        self.teacher = build.build_teacher(self.model, self.optimizer) if options.target == "teacher" else None
-        self.compute: torch.nn.Module = self.model
-        if options.compile:
-            self.compute = cast(torch.nn.Module, torch.compile(self.model))
+        self.teacher = self._compiled(build.build_teacher(self.model, self.optimizer)) if self.has_teacher else None
+        self.compute = self._compiled(self.model)
         self.grid = self._make_grid()
         self._say_what_runs(changes)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.options.target == "teacher" and self.options.align != "none"
+
+    def _compiled(self, model: torch.nn.Module) -> torch.nn.Module:
+        return cast(torch.nn.Module, torch.compile(model)) if self.options.compile else model
 
     def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
@@ -164,7 +169,7 @@ class Trainer:
                 t=self.loss_fn.time_from_uniform(batch.time_uniform),
                 noise=batch.noise,
                 label_drop=batch.label_uniform < self.options.label_dropout,
-                teacher_gap=batch.teacher_uniform * self.loss_fn.teacher_gap if self.teacher is not None else None,
+                teacher_gap=batch.teacher_uniform * self.loss_fn.teacher_gap if self.has_teacher else None,
                 teacher=self.teacher,
                 step=step,
             )
@@ -239,6 +244,7 @@ class Trainer:
             state={
                 "model": self.model.config(),
                 "run": self.description,
+                "latents": self._latents_info(),
                 "optimizer": rest,
                 "pending": pending,
                 "versions": versions(),
@@ -246,6 +252,11 @@ class Trainer:
         )
         prune_checkpoints(self.directory.checkpoints, self.options.keep_checkpoints)
         self._clock_start += time.perf_counter() - paused
+
+    def _latents_info(self) -> dict[str, Any]:
+        """How z becomes an image again: the normalisation travels with the weights."""
+        info = self.source.decode_info()
+        return {**dataclasses.asdict(info), "shift": info.shift.tolist(), "scale": info.scale.tolist()}
 
     def _make_grid(self) -> SampleGrid | None:
         options = self.options
