@@ -140,9 +140,6 @@ def test_the_readme_tree_is_the_disk():
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
     opened = {path.rsplit("/", 1)[0] + "/" for path in listed if not path.endswith("/") and "/" in path}
-    opened |= {
-        path.rstrip("/").rsplit("/", 1)[0] + "/" for path in listed if path.endswith("/") and path.count("/") > 1
-    }
     unlisted = []
     for name in tracked():
         folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
