@@ -137,13 +137,18 @@ def _bwd_triton(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, nee
     )
 
 
-_CUDA = {
-    "triton": (_fwd_triton, _bwd_triton),
-    "extension": (
+_kernels = backends.cuda_kernels()
+if _kernels == "triton":
+    _library.impl("gated_residual_layer_norm_modulate_fwd", _fwd_triton, "CUDA")
+    _library.impl("gated_residual_layer_norm_modulate_bwd", _bwd_triton, "CUDA")
+elif _kernels == "extension":
+    _library.impl(
+        "gated_residual_layer_norm_modulate_fwd",
         torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd_cuda,
+        "CUDA",
+    )
+    _library.impl(
+        "gated_residual_layer_norm_modulate_bwd",
         torch.ops.sra2_fast.gated_residual_layer_norm_modulate_bwd_cuda,
-    ),
-}.get(backends.cuda_kernels())
-if _CUDA is not None:
-    _library.impl("gated_residual_layer_norm_modulate_fwd", _CUDA[0], "CUDA")
-    _library.impl("gated_residual_layer_norm_modulate_bwd", _CUDA[1], "CUDA")
+        "CUDA",
+    )

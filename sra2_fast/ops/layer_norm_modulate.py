@@ -110,10 +110,10 @@ def _bwd_triton(dy, x, scale, mean, rstd, need_dx, need_modulation):
     return dx if need_dx else x.new_empty(0), dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
-_CUDA = {
-    "triton": (_fwd_triton, _bwd_triton),
-    "extension": (torch.ops.sra2_fast.layer_norm_modulate_fwd_cuda, torch.ops.sra2_fast.layer_norm_modulate_bwd_cuda),
-}.get(backends.cuda_kernels())
-if _CUDA is not None:
-    _library.impl("layer_norm_modulate_fwd", _CUDA[0], "CUDA")
-    _library.impl("layer_norm_modulate_bwd", _CUDA[1], "CUDA")
+_kernels = backends.cuda_kernels()
+if _kernels == "triton":
+    _library.impl("layer_norm_modulate_fwd", _fwd_triton, "CUDA")
+    _library.impl("layer_norm_modulate_bwd", _bwd_triton, "CUDA")
+elif _kernels == "extension":
+    _library.impl("layer_norm_modulate_fwd", torch.ops.sra2_fast.layer_norm_modulate_fwd_cuda, "CUDA")
+    _library.impl("layer_norm_modulate_bwd", torch.ops.sra2_fast.layer_norm_modulate_bwd_cuda, "CUDA")
