@@ -165,6 +165,14 @@ def test_ctrl_c_in_a_terminal_leaves_with_130_and_one_line(tmp_path: Path, root:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
+def test_log_points_may_move_when_a_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    """25 steps are unread in that checkpoint, more than the new log interval holds."""
+    train(tiny(tmp_path / "run", log_every=30, checkpoint_every=25))
+    train(tiny(tmp_path / "branch", resume=str(final(tmp_path / "run", 25))))
+    assert_same_checkpoint(final(tmp_path / "branch"), final(whole))
+    assert records(tmp_path / "branch") == records(whole)[2:]
+
+
 def test_workers_change_no_number(whole: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path, workers=2))
     assert_same_checkpoint(final(tmp_path), final(whole))

@@ -96,7 +96,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.options.weight_decay  # the loaded one, unless it was changed on purpose
         self.step = checkpoint.step
-        return checkpoint.state["pending"][-self.options.log_every :]
+        pending = checkpoint.state["pending"]
+        since_log_point = min(len(pending), self.step % self.options.log_every)  # --log-every may have changed
+        return pending[len(pending) - since_log_point :]
 
     def train(self) -> TrainResult:
         """Steps until the end, an interrupt or a loss that is not finite."""
@@ -107,10 +109,7 @@ class Trainer:
         self._write_config()
         self.directory.open_metrics(self.step)
         self.model.train()
-        with (
-            Interrupt() as interrupt,
-            self._progress_bar() as self.bar,
-        ):
+        with Interrupt() as interrupt, self._progress_bar() as self.bar:
             self._restart_clock()
             for batch in self._batches(self.step, options.steps - self.step):
                 self._take_step(batch)
