@@ -47,7 +47,7 @@ def check_array(op: str, name: str, t: torch.Tensor, like: torch.Tensor, dims: s
 def _check_layout(op: str, name: str, t: torch.Tensor) -> None:
     if t.dtype not in FLOATS:
         raise must_have_type(op, name, f"float32 or bfloat16 ({_WAY_OUT} other floats)", t.dtype)
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
         raise must_be(op, name, f"of stride 1 in its last dimension ({_WAY_OUT} others)", f"stride {t.stride(-1)}")
 
 

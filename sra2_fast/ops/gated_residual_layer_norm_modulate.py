@@ -23,6 +23,14 @@ _BWD = (
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+_library = torch.library.Library("sra2_fast", "FRAGMENT")
+for _suffix in ("", "_cuda"):  # _cuda: the C++ kernels of the extension, by their own name
+    _library.define(f"gated_residual_layer_norm_modulate_fwd{_suffix}{_FWD}")
+    _library.define(f"gated_residual_layer_norm_modulate_bwd{_suffix}{_BWD}")
+# The overloads themselves: a call through the packet costs 11 us more.
+_fwd = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd.default
+_bwd = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_bwd.default
+
 
 def eager(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
@@ -59,15 +67,13 @@ def gated_residual_layer_norm_modulate(
     bf16_out = dtype == torch.bfloat16
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, branch, gate, shift, scale)):
         return _GatedResidualLayerNormModulate.apply(x, branch, gate, shift, scale, eps, bf16_out)
-    return torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd(x, branch, gate, shift, scale, eps, bf16_out)[:2]
+    return _fwd(x, branch, gate, shift, scale, eps, bf16_out)[:2]
 
 
 class _GatedResidualLayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, gate, shift, scale, eps, bf16_out):
-        x_new, y, mean, rstd = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd(
-            x, branch, gate, shift, scale, eps, bf16_out
-        )
+        x_new, y, mean, rstd = _fwd(x, branch, gate, shift, scale, eps, bf16_out)
         ctx.save_for_backward(x_new, branch, gate, scale, mean, rstd)
         ctx.shift_dtype, ctx.y_dtype = shift.dtype, y.dtype
         ctx.set_materialize_grads(False)  # where x' goes nowhere else, its zeros need not be read
@@ -79,7 +85,7 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
         need_dx, need_dbranch, need_dgate, need_dshift, need_dscale = ctx.needs_input_grad[:5]
         dx_new = x_new.new_empty(0) if dx_new is None else dx_new.contiguous()
         dy = torch.zeros_like(x_new, dtype=ctx.y_dtype) if dy is None else dy.contiguous()
-        dx, dbranch, dgate, dshift, dscale = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_bwd(
+        dx, dbranch, dgate, dshift, dscale = _bwd(
             dx_new, dy, x_new, branch, gate, scale, mean, rstd,
             need_dx, need_dbranch, need_dgate, need_dshift or need_dscale,
         )  # fmt: skip
@@ -92,12 +98,6 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
             None,
             None,
         )
-
-
-_library = torch.library.Library("sra2_fast", "FRAGMENT")
-for _suffix in ("", "_cuda"):  # _cuda: the C++ kernels of the extension, by their own name
-    _library.define(f"gated_residual_layer_norm_modulate_fwd{_suffix}{_FWD}")
-    _library.define(f"gated_residual_layer_norm_modulate_bwd{_suffix}{_BWD}")
 
 
 @torch.library.register_fake("sra2_fast::gated_residual_layer_norm_modulate_fwd", lib=_library)
