@@ -27,10 +27,13 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if _TYPE_CHECKING:
-    from .backends import status
-    from .model import SiT, SiT_models
-    from .objective import LossOutput, SRA2Loss
-    from .sample import sample_ode, sample_sde
+    from .backends import status as status
+    from .model import SiT as SiT
+    from .model import SiT_models as SiT_models
+    from .objective import LossOutput as LossOutput
+    from .objective import SRA2Loss as SRA2Loss
+    from .sample import sample_ode as sample_ode
+    from .sample import sample_sde as sample_sde
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 from tolerance import allowed, assert_close, relative_error
 from torch import Tensor
 

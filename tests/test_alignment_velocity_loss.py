@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 from tolerance import assert_close, relative_error
 from torch import Tensor
 

@@ -14,7 +14,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 from tolerance import assert_close
 
 from sra2_fast.reference import gated_residual_layer_norm_modulate as gated_reference

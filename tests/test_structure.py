@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 ANYONE = {"errors", "backends"}
 IMPORTS = {  # room of sra2_fast: the rooms it may import from (DESIGN section 5)

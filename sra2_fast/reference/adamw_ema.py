@@ -8,8 +8,8 @@ With g the gradient of this step, n the global norm over ALL parameters and k th
     p'  = p (1 - lr weight_decay) - lr (m' / (1 - beta1^k)) / (sqrt(s' / (1 - beta2^k)) + eps)
     e'  = ema_decay e + (1 - ema_decay) p'
 
-Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2 (with the schedule multiplier inside lr, as torch.optim.AdamW
-has it). A norm that is not finite leaves everything as it was: the step does not count.
+Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2 (with the schedule multiplier inside lr, as
+torch.optim.AdamW has it). A norm that is not finite leaves everything as it was: the step does not count.
 There is nothing to differentiate here; the definition is forward only.
 """
 

@@ -14,8 +14,8 @@ and, d = p - z elementwise, |.| the norm of a token, m = max(|p|, eps), q = p / 
     mse        L_a = mean of d^2                      dp = 2 d / (B N P)
     l1         L_a = mean of |d|                      dp = sign(d) / (B N P), zero at zero
 
-The cosine's: dq/dp = (I - q q^T) / |p| above eps, and I / eps below, where m does not depend on p. So a token of zeros has
-the finite gradient -y / (eps B N). No token at all (B = 0) makes both means NaN, as PyTorch's are.
+The cosine's: dq/dp = (I - q q^T) / |p| above eps, and I / eps below, where m does not depend on p. So a token of zeros
+has the finite gradient -y / (eps B N). No token at all (B = 0) makes both means NaN, as PyTorch's are.
 Paths: linear a' = -1, s' = 1; cosine a' = -(pi/2) sin(pi t / 2), s' = (pi/2) cos(pi t / 2) (arXiv 2401.08740, Sec. 2).
 Sources: arXiv 2601.17830 for the alignment, `torch.nn.functional.normalize` for eps.
 """
