@@ -166,7 +166,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], a: _Active, norm: Tensor, is_finite: Tensor) -> None:
         grads = [_dense_grad(p) for p in a.params]
-        settings = {
+        arguments: dict[str, Any] = {
+            "params": a.params,
+            "grads": grads,
+            "exp_avgs": a.exp_avgs,
+            "exp_avg_sqs": a.exp_avg_sqs,
+            "emas": a.emas,
+            "steps": a.steps,
             "lr": group["lr"],
             "beta1": group["betas"][0],
             "beta2": group["betas"][1],
@@ -174,16 +180,15 @@ class AdamWEMA(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "ema_decay": group["ema_decay"],
         }
-        tensors = (a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.emas, a.steps)
-        clip = {"max_grad_norm": self.max_grad_norm, "norm": norm}
+        clip: dict[str, Any] = {"max_grad_norm": self.max_grad_norm, "norm": norm}
         if self._is_fused(a.params[0]):
             a.steps += is_finite
-            op.adamw_ema_step(*tensors, **settings, **clip)
+            op.adamw_ema_step(**arguments, **clip)
         elif self.implementation == "apex":
             a.steps += is_finite
-            op.apex(*tensors, **settings, **clip, is_finite=is_finite)
+            op.apex(**arguments, **clip, is_finite=is_finite)
         else:
-            op.eager(*tensors, **settings, is_finite=is_finite)
+            op.eager(**arguments, is_finite=is_finite)
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:

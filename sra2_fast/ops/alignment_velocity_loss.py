@@ -7,6 +7,8 @@ operators, for targets other than the latent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,9 +122,9 @@ def alignment_velocity_loss(
     _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps)
     dtype = output_dtype(_OP, hidden)
     if not _IS_FUSED.get(hidden.device.type, False):
-        settings = {"patch_size": patch_size, "path": path, "align": align, "beta": beta, "eps": eps}
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-        return eager(hidden, weight, bias, velocity_tokens, latents, noise, t, **settings)  # type: ignore[arg-type]
+        projection = (hidden.to(dtype), weight.to(dtype), bias.to(dtype))
+        named: dict[str, Any] = {"patch_size": patch_size, "path": path, "align": align, "beta": beta, "eps": eps}
+        return eager(*projection, velocity_tokens, latents, noise, t, **named)
     images = (latents.contiguous(), noise.contiguous(), t.float().contiguous())
     settings = (patch_size, PATHS.index(path), ALIGNMENTS.index(align), beta, eps)
     hidden, velocity_tokens = hidden.to(dtype).contiguous(), velocity_tokens.contiguous()
@@ -166,8 +168,8 @@ class _AlignmentVelocityLoss(torch.autograd.Function):
             )
         return (
             dhidden if needs[0] else None,
-            dweight.to(ctx.dtypes[0]) if needs[1] else None,
-            dbias.to(ctx.dtypes[1]) if needs[2] else None,
+            None if dweight is None or not needs[1] else dweight.to(ctx.dtypes[0]),
+            None if dbias is None or not needs[2] else dbias.to(ctx.dtypes[1]),
             None if dvelocity is None else dvelocity * dvelocity_loss,
             *[None] * 8,
         )
@@ -218,9 +220,9 @@ def _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size,
         "noise": ("(B, C, H, W)", (B, C, H, W)),
         "t": ("(B,)", (B,)),
     }
-    for name, (words, shape) in shapes.items():
+    for name, (letters, shape) in shapes.items():
         if tensors[name].shape != shape:
-            raise must_be(_OP, name, f"{words} = {shape}", tuple(tensors[name].shape))
+            raise must_be(_OP, name, f"{letters} = {shape}", tuple(tensors[name].shape))
     if torch.is_grad_enabled() and (latents.requires_grad or noise.requires_grad or t.requires_grad):
         name = "latents" if latents.requires_grad else "noise" if noise.requires_grad else "t"
         raise InputError(f"{_OP}: {name} must not require a gradient ({_WAY_OUT} one that does)")
