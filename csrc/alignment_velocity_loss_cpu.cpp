@@ -7,8 +7,8 @@ namespace sra2 {
 
 SRA2_DISPATCH(LossKernels, loss_kernels)
 
-// Columns of dW a piece of work holds: 64 rows of them fit the first-level cache, and SiT-B's 1536 still feed 24 threads.
-constexpr int64_t COLUMNS = 64;
+// Columns of dW a piece of work holds: 64 rows of them fit the first-level cache, and SiT-B's 1536 still feed 12 threads.
+constexpr int64_t COLUMNS = 128;
 
 // Pieces worth a thread of their own: below about 256 Ki products a second thread costs more than it saves.
 static int64_t grain(int64_t products_a_piece) { return 1 + 262144 / (products_a_piece + 1); }
@@ -50,9 +50,10 @@ int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_par
       kernels.dhidden(a, begin, end);
     });
   bool out_of_memory = false;
-  const int64_t pieces = a.dweight ? (a.K + COLUMNS - 1) / COLUMNS : 0, work = pieces + (a.dbias ? 1 : 0);
-  if (!error && work)
-    error = parallel_for(parallel, work, grain(COLUMNS * a.rows * a.P), [&](int64_t begin, int64_t end) {
+  if (a.dbias) kernels.dbias(a);  // 1 / K of the work; as one more piece it would upset the balance of the few below
+  const int64_t pieces = a.dweight ? (a.K + COLUMNS - 1) / COLUMNS : 0;
+  if (!error)
+    error = parallel_for(parallel, pieces, grain(COLUMNS * a.rows * a.P), [&](int64_t begin, int64_t end) {
       Floats scratch(a.P * COLUMNS);
       if (!scratch.data) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
@@ -60,10 +61,7 @@ int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_par
       }
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * COLUMNS, last = first + COLUMNS;
-        if (i == pieces)
-          kernels.dbias(a);
-        else
-          kernels.dweight(a, first, last < a.K ? last : a.K, scratch.data);
+        kernels.dweight(a, first, last < a.K ? last : a.K, scratch.data);
       }
     });
   return out_of_memory ? 1 : error;

@@ -96,13 +96,27 @@ static void project(const sra2_loss& a, int64_t row, int64_t rows, float p[TILE]
     for (int64_t q = P; q < P + W; ++q) p[r][q] = 0.f;
 }
 
-// Token n of sample b of an image (B, C, H, width), padded with zeros to whole vectors.
-static void patch(const sra2_loss& a, const float* image, int64_t b, int64_t n, float* out) {
-  const int64_t p = a.patch_size, columns = a.width / p;
-  const float* corner = image + (b * a.C * a.H + n / columns * p) * a.width + n % columns * p;
-  for (int64_t c = 0; c < a.C; ++c)
+// Where token n of sample b begins in an image (B, C, H, width).
+SRA2_INLINE int64_t corner_of(const sra2_loss& a, int64_t b, int64_t n) {
+  const int64_t columns = a.width / a.patch_size, row = n / columns;
+  return (b * a.C * a.H + row * a.patch_size) * a.width + (n - row * columns) * a.patch_size;
+}
+
+// That token, padded with zeros to whole vectors. SIZE is the patch size where the compiler shall know it, or 0.
+template <int SIZE>
+SRA2_INLINE void patch_of(const sra2_loss& a, const float* corner, float* out) {
+  const int64_t p = SIZE ? SIZE : a.patch_size, plane = a.H * a.width;
+  for (int64_t c = 0; c < a.C; ++c, corner += plane, ++out)
     for (int64_t i = 0; i < p; ++i)
-      for (int64_t j = 0; j < p; ++j) out[(i * p + j) * a.C + c] = corner[(c * a.H + i) * a.width + j];
+      for (int64_t j = 0; j < p; ++j) out[(i * p + j) * a.C] = corner[i * a.width + j];
+}
+static void patch(const sra2_loss& a, const float* corner, float* out) {
+  switch (a.patch_size) {
+    case 1: patch_of<1>(a, corner, out); break;
+    case 2: patch_of<2>(a, corner, out); break;
+    case 4: patch_of<4>(a, corner, out); break;
+    default: patch_of<0>(a, corner, out);
+  }
   for (int64_t q = a.P; q < a.P + W; ++q) out[q] = 0.f;
 }
 
@@ -180,8 +194,9 @@ static void fwd_of(const sra2_loss& a, int64_t b, int64_t first, int64_t end, do
         memcpy(z[r], z[0], sizeof(float) * static_cast<size_t>(P + W));
         continue;
       }
-      patch(a, a.latents, b, n + r, z[r]);
-      patch(a, a.noise, b, n + r, noise);
+      const int64_t corner = corner_of(a, b, n + r);
+      patch(a, a.latents + corner, z[r]);
+      patch(a, a.noise + corner, noise);
       unpack_row<false>(static_cast<const S*>(a.velocity) + (row + r) * P, same<S, bf16>, 0.f, velocity, P);
       for (int64_t q = 0; q < P; q += W) {
         const V d = get<V>(velocity + q) - (da * get<V>(z[r] + q) + ds * get<V>(noise + q));
@@ -249,7 +264,7 @@ static void dhidden_of(const sra2_loss_bwd& a, int64_t first, int64_t end) {
 // starts from zero, which also keeps the rounding of a long sum down.
 template <class T>
 static void dweight_of(const sra2_loss_bwd& a, int64_t first, int64_t end, float* total) {
-  constexpr int64_t BLOCK = 64;
+  constexpr int64_t BLOCK = 64, AHEAD = 16;
   constexpr int Q = DWEIGHT_COLUMNS;
   constexpr bool PAIRS = same<T, bf16>;
   const int64_t width = end - first;
@@ -268,6 +283,10 @@ static void dweight_of(const sra2_loss_bwd& a, int64_t first, int64_t end, float
         const T* hidden = static_cast<const T*>(a.hidden) + row * a.K + first + k;
         for (int64_t r = 0; r < rows; ++r, hidden += a.K) {
           V h, h2;
+          if (q == 0) {  // no hardware prefetcher follows a stride of K; within the noise to 20 % faster
+            __builtin_prefetch(hidden + AHEAD * a.K);
+            __builtin_prefetch(hidden + AHEAD * a.K + STEP - 1);
+          }
           load<PAIRS, FULL>(hidden, n, h, h2);
           _Pragma("GCC unroll 8") for (int c = 0; c < Q; ++c) {
             sums[c] += dp[r][q + c] * h;
