@@ -183,6 +183,13 @@ SRA2_INLINE void prefetch(const T* p) {
   for (int i = 0; i < static_cast<int>(STEP * sizeof(T)); i += 64) __builtin_prefetch(line + i);
 }
 
+// The same for lines that will be written.
+template <class T>
+SRA2_INLINE void prefetch_write(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (int i = 0; i < static_cast<int>(STEP * sizeof(T)); i += 64) __builtin_prefetch(line + i, 1);
+}
+
 // Calls body(k, n, full) for every step of a row of D elements; full is a compile-time true for all but a last short one.
 struct Yes {
   static constexpr bool value = true;

@@ -65,7 +65,9 @@ def gated_residual_layer_norm_modulate(
         return x_new.to(x.dtype), y.to(dtype)
     x, branch = x.contiguous(), branch.contiguous()
     bf16_out = dtype == torch.bfloat16
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, branch, gate, shift, scale)):
+    needs_gradient = x.requires_grad or branch.requires_grad or gate.requires_grad
+    needs_gradient = needs_gradient or shift.requires_grad or scale.requires_grad
+    if needs_gradient and torch.is_grad_enabled():
         return _GatedResidualLayerNormModulate.apply(x, branch, gate, shift, scale, eps, bf16_out)
     return _fwd(x, branch, gate, shift, scale, eps, bf16_out)[:2]
 
