@@ -268,20 +268,22 @@ static void dweight_of(const sra2_loss_bwd& a, int64_t first, int64_t end, float
   constexpr int Q = DWEIGHT_COLUMNS;
   constexpr bool PAIRS = same<T, bf16>;
   const int64_t width = end - first;
-  float dp[BLOCK][MAX_PATCH + Q];
+  const int64_t stride = (a.P + Q - 1) / Q * Q;
+  float dp[BLOCK * MAX_PATCH + Q];
   for (int64_t i = 0; i < a.P * width; ++i) total[i] = 0.f;
   for (int64_t row = 0; row < a.rows; row += BLOCK) {
     const int64_t rows = a.rows - row < BLOCK ? a.rows - row : BLOCK;
     for (int64_t r = 0; r < rows; ++r) {
-      scaled_row<T>(a, row + r, dp[r]);
-      for (int q = 0; q < Q; ++q) dp[r][a.P + q] = 0.f;
+      scaled_row<T>(a, row + r, dp + r * stride);
+      for (int64_t q = a.P; q < stride; ++q) dp[r * stride + q] = 0.f;
     }
     each_step(width, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
       constexpr bool FULL = decltype(full)::value;
       for (int64_t q = 0; q < a.P; q += Q) {
         V sums[Q] = {}, sums2[Q] = {};
         const T* hidden = static_cast<const T*>(a.hidden) + row * a.K + first + k;
-        for (int64_t r = 0; r < rows; ++r, hidden += a.K) {
+        const float* d = dp + q;
+        for (int64_t r = 0; r < rows; ++r, hidden += a.K, d += stride) {
           V h, h2;
           if (q == 0) {  // no hardware prefetcher follows a stride of K; within the noise to 20 % faster
             __builtin_prefetch(hidden + AHEAD * a.K);
@@ -289,8 +291,8 @@ static void dweight_of(const sra2_loss_bwd& a, int64_t first, int64_t end, float
           }
           load<PAIRS, FULL>(hidden, n, h, h2);
           _Pragma("GCC unroll 8") for (int c = 0; c < Q; ++c) {
-            sums[c] += dp[r][q + c] * h;
-            sums2[c] += dp[r][q + c] * h2;
+            sums[c] += d[c] * h;
+            sums2[c] += d[c] * h2;
           }
         }
         for (int c = 0; c < Q && q + c < a.P; ++c) {
