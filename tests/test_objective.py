@@ -233,7 +233,10 @@ def test_no_host_synchronisation(target):
         ({"align": "l2"}, r"align must be cosine or smooth_l1 or mse or l1 or None, got 'l2'"),
         ({"target": "dino"}, r"target must be vae or features or teacher, got 'dino'"),
         ({"beta": 0}, r"beta must be positive, got 0"),
+        ({"beta": math.nan}, r"beta must be positive, got nan"),
         ({"align_weight": -1.0}, r"align_weight must be zero or positive, got -1.0"),
+        ({"align_weight": math.nan}, r"align_weight must be zero or positive, got nan"),
+        ({"teacher_depth": 0}, r"teacher_depth must be None or a block from 1, got 0"),
         ({"teacher_gap": 2.0}, r"teacher_gap must be in \[0, 1\], got 2.0"),
         ({"schedule": "cosine"}, r"schedule must be constant or linear or stop, got 'cosine'"),
         ({"schedule": "stop"}, r"schedule_steps must be a positive step for schedule='stop', got None"),
@@ -251,10 +254,17 @@ def test_constructor_errors(kwargs, message):
         ({}, {"labels": torch.zeros(2, dtype=torch.int64)}, r"labels must be \(3,\), got \(2,\)"),
         ({}, {"t": torch.zeros(3, 1)}, r"t must be \(3,\), got \(3, 1\)"),
         ({}, {"noise": torch.zeros(3, 4, 8, 4)}, r"noise must be \(3, 4, 8, 8\), got \(3, 4, 8, 4\)"),
+        ({}, {"label_drop": torch.zeros(3, 1, dtype=torch.bool)}, r"label_drop must be \(3,\), got \(3, 1\)"),
+        ({}, {"teacher_gap": torch.zeros(1)}, r"teacher_gap must be \(3,\), got \(1,\)"),
         ({}, {"features": torch.zeros(3, 16, 16)}, r"features= is only for target='features', this loss has 'vae'"),
         ({"target": "features"}, {}, r"target='features' needs features= at every call"),
         ({"target": "teacher"}, {}, r"target='teacher' needs teacher= at every call"),
         ({"target": "features"}, {"features": torch.zeros(3, 9, 16)}, r"target tokens must be .* got \(3, 9, 16\)"),
+        (
+            {"target": "features"},
+            {"features": torch.zeros(3, 16, 20)},
+            r"projection_dim must be 20, the width .* got 16",
+        ),
         ({"schedule": "linear", "schedule_steps": 5}, {}, r"schedule='linear' needs step= at every call"),
         ({}, {"labels": torch.tensor([0, 1, 11])}, r"SiT: y must be labels from 0 to 10, got 11"),
         ({}, {"labels": torch.tensor([0, -1, 1])}, r"SiT: y must be labels from 0 to 10, got -1"),
@@ -273,7 +283,9 @@ def test_type_errors(batch):
 
 
 def test_a_model_without_the_right_projector(batch):
-    with pytest.raises(InputError, match=r"there is no projector; build the model with align_depth="):
-        SRA2Loss()(random_model(align_depth=None), **batch)
+    plain = random_model(align_depth=None)
+    for target, given in (("vae", {}), ("teacher", {"teacher": plain})):  # the teacher's block follows the student's
+        with pytest.raises(InputError, match=r"SRA2Loss: there is no projector; build the model with align_depth="):
+            SRA2Loss(target=target)(plain, **batch, **given)
     with pytest.raises(InputError, match=r"projection_dim must be patch_size\^2 C = 16 for target='vae', got 20"):
         SRA2Loss()(random_model(projection_dim=20), **batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from sra2_fast.checkpoint import save_checkpoint
 from sra2_fast.data import LatentSource
 from sra2_fast.data.digits import DigitsSource
 from sra2_fast.errors import InputError
@@ -43,7 +45,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     [
         ({"model": "SiT-B/3"}, r"--model SiT-B/3 is not known; did you mean SiT-B/\d\?"),
         ({"model": "128,6,4"}, r"--model 128,6,4 is not known.*'hidden_size,depth,heads,patch' such as 128,6,4,2"),
-        ({"model": "0,6,4,2"}, r"--model 0,6,4,2 is not known"),
+        ({"model": "0,6,4,2"}, r"--model 0,6,4,2 is not known\. Names are"),
+        ({"model": "sit-b/2"}, r"--model sit-b/2 is not known; did you mean SiT-B/2\?"),
         ({"model": "16,2,3,4"}, r"num_heads"),
         (
             {"model": "16,2,2,3"},
@@ -54,7 +57,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             {"sample_every": 2, "sample_cfg": 2.0, "label_dropout": 0.0},
             r"--sample-cfg 2\.0 needs --label-dropout above 0",
         ),
-        ({"align_depth": 3}, r"align_depth must be .*2.*, got 3"),
+        ({"align_depth": 3}, r"--align-depth must be a block from 1 to 2, the depth of --model 16,2,2,4, got 3"),
+        ({"target": "teacher", "teacher_depth": 3}, r"--teacher-depth must be a block from 1 to 2, .* got 3"),
         ({"data": "/no/such/folder"}, r"/no/such/folder does not exist"),
         ({"target": "features"}, r"--target features needs encoder features"),
         ({"resume": "/no/such/checkpoint"}, r"checkpoint /no/such/checkpoint: no state\.json there"),
@@ -168,6 +172,19 @@ def test_a_truncated_checkpoint_is_named_and_left(finished: Path) -> None:
     ):
         train(options(finished, steps=8))
     assert file.exists()
+
+
+def test_a_checkpoint_that_no_run_saved_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "made", 4, model={"weight": torch.zeros(2)}, state={})
+    with pytest.raises(InputError, match=r"step-00000004: not of sra2-fast train .* no 'run'\); choose another"):
+        train(options(tmp_path / "run", resume=str(path)))
+
+
+def test_lines_of_metrics_that_are_no_records_are_dropped(finished: Path) -> None:
+    metrics = finished / "metrics.jsonl"
+    metrics.write_bytes(b'\xff\x00}\n[1]}\n{"loss": 1}\n' + metrics.read_bytes())
+    train(options(finished, steps=8))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [2, 4, 6, 8]
 
 
 def test_a_full_disk_for_metrics_is_named(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_every_shipped_configuration_is_valid(root: Path, name: str) -> None:
     if name != "digits":
         assert (options.batch_size, options.lr, options.ema_decay) == (256, 1e-4, 0.9999)
         assert options.model.lower().replace("/", "") == name
+        assert options.align_weight is None  # or --align smooth_l1 would run with the cosine's 0.5
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,12 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, messa
     assert str(caught.value).startswith(f"train: --config {tmp_path}")
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"run\.toml: not valid TOML"):
+        read_config(tmp_path / "run.toml")
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InputError, match=r"--config absent\.toml: No such file"):
         parse("--config", "absent.toml")
@@ -80,6 +87,11 @@ def test_a_missing_file_is_named() -> None:
         (["--workers", "-1"], r"--workers must be 0 or more, got -1"),
         (["--label-dropout", "1"], r"--label-dropout must be at least 0 and below 1, got 1\.0"),
         (["--lr", "nan"], r"--lr must be above 0, got nan"),
+        (["--align-weight", "nan"], r"--align-weight must be a finite number, got nan"),
+        (["--beta", "inf"], r"--beta must be a finite number, got inf"),
+        (["--seed", str(2**64)], r"--seed must be below 2\^64, got 18446744073709551616"),
+        (["--align-depth", "0"], r"--align-depth must be at least 1, got 0"),
+        (["--align-schedule-steps", "0"], r"--align-schedule-steps must be at least 1, got 0"),
         (["--align-schedule", "stop"], r"--align-schedule stop needs --align-schedule-steps"),
     ],
 )

@@ -6,6 +6,7 @@ inside the model's forward, through `Terms`. Nothing here looks at a tensor's va
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,10 +60,12 @@ class SRA2Loss:
         ):
             if value not in words:
                 raise must_be("SRA2Loss", name, " or ".join(map(str, words)), repr(value))
-        if beta <= 0:
+        if not 0 < beta < math.inf:
             raise must_be("SRA2Loss", "beta", "positive", beta)
-        if align_weight is not None and align_weight < 0:
+        if align_weight is not None and not 0 <= align_weight < math.inf:
             raise must_be("SRA2Loss", "align_weight", "zero or positive", align_weight)
+        if teacher_depth is not None and teacher_depth < 1:
+            raise must_be("SRA2Loss", "teacher_depth", "None or a block from 1", teacher_depth)
         if not 0 <= teacher_gap <= 1:
             raise must_be("SRA2Loss", "teacher_gap", "in [0, 1]", teacher_gap)
         self.path = path
@@ -104,8 +107,10 @@ class SRA2Loss:
         Returns LossOutput(total, velocity, align); total alone carries gradients.
         Raises InputError naming the argument that is missing, superfluous or of the wrong shape.
         """
-        self._check(latents, labels, t, noise, features, teacher)
+        self._check(latents, labels, t, noise, label_drop, teacher_gap, features, teacher)
         sit = _unwrapped(model)
+        if self.align is not None and sit.align_depth is None:
+            raise InputError("SRA2Loss: there is no projector; build the model with align_depth=, or give align=None")
         if t is None:
             t = self.time_from_uniform(torch.rand(latents.shape[0], device=latents.device))
         if noise is None:
@@ -159,6 +164,8 @@ class SRA2Loss:
         labels: torch.Tensor,
         t: torch.Tensor | None,
         noise: torch.Tensor | None,
+        label_drop: torch.Tensor | None,
+        teacher_gap: torch.Tensor | None,
         features: torch.Tensor | None,
         teacher: nn.Module | None,
     ) -> None:
@@ -167,7 +174,13 @@ class SRA2Loss:
         if not latents.is_floating_point() or latents.dtype == torch.float16:
             raise must_have_type("SRA2Loss", "latents", "float32 or bfloat16", latents.dtype)
         batch = latents.shape[:1]
-        for name, value, shape in (("labels", labels, batch), ("t", t, batch), ("noise", noise, latents.shape)):
+        for name, value, shape in (
+            ("labels", labels, batch),
+            ("t", t, batch),
+            ("noise", noise, latents.shape),
+            ("label_drop", label_drop, batch),
+            ("teacher_gap", teacher_gap, batch),
+        ):
             if value is not None and value.shape != shape:
                 raise must_be("SRA2Loss", name, tuple(shape), tuple(value.shape))
         if self.align is None:

@@ -68,6 +68,10 @@ class Terms:
         else:
             velocity = velocity_loss(velocity_tokens, self.latents, self.noise, self.t, patch_size, self.path)
             projection = projector(hidden)
+            width = self.target_tokens.shape[-1]
+            if projection.shape[-1] != width:
+                expected = f"{width}, the width of the target's tokens"
+                raise must_be("SRA2Loss", "the model's projection_dim", expected, projection.shape[-1])
             if projection.shape != self.target_tokens.shape:
                 expected = f"(B, N, projection_dim) = {tuple(projection.shape)}"
                 raise must_be("SRA2Loss", "target tokens", expected, tuple(self.target_tokens.shape))

@@ -34,6 +34,11 @@ def resolve(options: TrainOptions) -> TrainOptions:
         precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
     on_gpu = device == "cuda"
     depth = _sizes(options.model)["depth"]
+    for name in ("align_depth", "teacher_depth"):
+        block = getattr(options, name)
+        if block is not None and block > depth:
+            expected = f"a block from 1 to {depth}, the depth of --model {options.model}"
+            raise must_be("train", f"--{name.replace('_', '-')}", expected, block)
     has_linear_schedule = options.align_schedule == "linear"
     return dataclasses.replace(
         options,
@@ -67,8 +72,9 @@ def _sizes(model: str) -> dict[str, int]:
     numbers = model.split(",")
     if len(numbers) == 4 and all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
         return dict(zip(("hidden_size", "depth", "num_heads", "patch_size"), map(int, numbers), strict=True))
-    near = difflib.get_close_matches(model, SiT_models, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    by_upper_case = {name.upper(): name for name in SiT_models}
+    near = difflib.get_close_matches(model.upper(), by_upper_case, n=1, cutoff=0.4)
+    hint = f"; did you mean {by_upper_case[near[0]]}?" if near else "."
     raise InputError(
         f"train: --model {model} is not known{hint} Names are SiT-{{XL,L,B,S}}/{{1,2,4,8}}, "
         "or give 'hidden_size,depth,heads,patch' such as 128,6,4,2"

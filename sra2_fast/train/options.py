@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -56,7 +57,8 @@ class TrainOptions:
     align: Literal["cosine", "smooth_l1", "mse", "l1", "none"] = _option("cosine", "alignment loss; none: a plain SiT")
     align_weight: float | None = _option(None, "its weight (default: 0.5 for cosine, else 1)")
     align_depth: int | None = _option(
-        None, "block whose tokens are aligned (default: 2 for S, B; 8 for L, XL; depth // 4)"
+        None,
+        "block whose tokens are aligned (default: 2 for S, B; 8 for L, XL; depth // 4; with a teacher 4, 8 for XL)",
     )
     align_schedule: Literal["constant", "linear", "stop"] = _option("constant", "of the weight")
     align_schedule_steps: int | None = _option(None, "where 'linear' reaches zero (default: --steps) or 'stop' stops")
@@ -64,7 +66,7 @@ class TrainOptions:
     target: Literal["vae", "features", "teacher"] = _option(
         "vae", "align with: the clean latents (SRA 2), features (REPA), the EMA teacher (SRA)"
     )
-    teacher_depth: int | None = _option(None, "block of the teacher (default: 8 for S, B; 20 for L, XL; 2 depth // 3)")
+    teacher_depth: int | None = _option(None, "block of the teacher (default: 20 for XL, else twice --align-depth)")
 
     precision: Literal["auto", "bf16", "fp32"] = _option(
         "auto", "bf16 autocast where the machine is good at it, or float32"
@@ -97,7 +99,17 @@ class TrainOptions:
             value = getattr(self, name)
             if not _accepts(kind, value):
                 raise must_be("train", f"--{name.replace('_', '-')}", _describe(kind), repr(value))
-        for name in ("steps", "batch_size", "num_classes", "log_every", "checkpoint_every", "sample_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "num_classes",
+            "align_depth",
+            "align_schedule_steps",
+            "teacher_depth",
+            "log_every",
+            "checkpoint_every",
+            "sample_steps",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise must_be("train", f"--{name.replace('_', '-')}", "at least 1", getattr(self, name))
         for name in (
@@ -114,8 +126,13 @@ class TrainOptions:
         for name in ("label_dropout", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise must_be("train", f"--{name.replace('_', '-')}", "at least 0 and below 1", getattr(self, name))
-        if not 0.0 < self.lr < float("inf"):
+        if not 0.0 < self.lr < math.inf:
             raise must_be("train", "--lr", "above 0", self.lr)
+        for name in ("align_weight", "beta", "weight_decay", "max_grad_norm", "sample_cfg"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise must_be("train", f"--{name.replace('_', '-')}", "a finite number", getattr(self, name))
+        if self.seed >= 2**64:
+            raise must_be("train", "--seed", "below 2^64", self.seed)
         if self.sample_every and self.sample_cfg != 1.0 and self.label_dropout == 0.0:
             raise InputError(
                 f"train: --sample-cfg {self.sample_cfg} needs --label-dropout above 0, or there is no null label"
@@ -162,7 +179,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             table = tomllib.load(file)
     except OSError as error:
         raise InputError(f"train: --config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"train: --config {path}: not valid TOML: {error}") from error
     kinds = {name: kind for name, kind, _ in _fields()}
     values = {}

@@ -52,6 +52,12 @@ def describe_run(options: TrainOptions, source: LatentSource) -> dict[str, Any]:
 
 def check_same_run(checkpoint: Checkpoint, run: dict[str, Any], resume: str) -> list[str]:
     """Compare with the checkpoint's run. With `auto` a difference is an InputError; else it is a wish, and returned."""
+    missing = [key for key in ("run", "optimizer", "pending") if key not in checkpoint.state]
+    if missing:
+        raise InputError(
+            f"checkpoint {checkpoint.path}: not of sra2-fast train (its state.json has no {missing[0]!r}); "
+            "choose another --resume"
+        )
     before = checkpoint.state["run"]
     changes = [
         f"--{name.replace('_', '-')} {before.get(name)} -> {value}"

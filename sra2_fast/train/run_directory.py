@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ class RunDirectory:
         """Open metrics.jsonl and tensorboard/ to go on after `last_step`; records of later steps are dropped."""
         path = self.path / "metrics.jsonl"
         with self._disk_errors("metrics.jsonl"):
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+            kept = [line for line in _whole_lines(path) if _step_of(line) <= last_step]
             temporary = self.path / ".metrics.jsonl.partial"
             temporary.write_text("".join(kept))
             temporary.rename(path)
@@ -112,7 +113,16 @@ def _whole_lines(path: Path) -> list[str]:
     """The lines of a metrics file; a last one that a crash cut short is left out."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinity, so that it is dropped, for what a crash or an editor left instead of one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def versions() -> dict[str, str]:
