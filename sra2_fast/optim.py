@@ -2,7 +2,8 @@
 
 It exists because the three are otherwise three trips through memory and dozens of launches a step. It is an ordinary
 `torch.optim.Optimizer`: parameter groups, schedulers and hooks work, and its state loads into and from
-`torch.optim.AdamW`. Left out: amsgrad, maximize, sparse gradients, float16 (there is no GradScaler in bf16 training).
+`torch.optim.AdamW`. Left out: amsgrad, maximize, sparse gradients, float16 (there is no GradScaler in bf16 training),
+what FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ class AdamWEMA(torch.optim.Optimizer):
             raise
 
     def _check_param(self, name: str, param: Tensor, device: torch.device | None) -> None:
+        if hasattr(param, "to_local"):
+            expected = "a plain tensor (what FSDP2 shards is for torch.optim.AdamW)"
+            raise must_have_type("AdamWEMA", f"parameter {name}", expected, type(param).__name__)
         is_eager = self.implementation == "eager"
         if param.dtype not in ((torch.float32, torch.bfloat16, torch.float64) if is_eager else (torch.float32,)):
             expected = "float32, bfloat16 or float64"

@@ -102,7 +102,8 @@ def true_gradients(x: Inputs, scales: tuple[float, float], **settings: Any) -> t
 def run(function: Any, x: Inputs, scales: tuple[float, float], **settings: Any) -> list[Tensor]:
     trained = x.trained()
     losses = function(*trained, *x[4:], **settings)
-    return [*losses, *torch.autograd.grad(scales[0] * losses[0] + scales[1] * losses[1], trained)]
+    gradients = torch.autograd.grad(scales[0] * losses[0] + scales[1] * losses[1], trained)
+    return [*[loss.detach() for loss in losses], *gradients]
 
 
 def check_against_reference(x: Inputs, **settings: Any) -> None:

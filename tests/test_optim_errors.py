@@ -49,6 +49,12 @@ def test_parameters_it_cannot_take_are_refused() -> None:
         AdamWEMA([parameter(), nn.Parameter(torch.zeros(3, device="meta"))])
     with pytest.raises(InputError, match="parameter 0 must be dense in memory, got strides"):
         AdamWEMA([nn.Parameter(torch.zeros(4, 4)[:, ::2])])
+    sharded = parameter()
+    sharded.to_local = lambda: sharded  # what makes a DTensor of it here
+    with pytest.raises(
+        TypeError, match=r"parameter 0 must be a plain tensor \(what FSDP2 shards is for torch.optim.Adam"
+    ):
+        AdamWEMA([sharded])
     opt = AdamWEMA([parameter()])
     with pytest.raises(InputError, match="lr must be"):
         opt.add_param_group({"params": [parameter()], "lr": -1.0})
