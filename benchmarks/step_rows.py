@@ -79,11 +79,12 @@ def model_arguments(name: str) -> tuple[Callable[..., SiT], dict[str, Any]]:
 
 
 def align_depth(row: str, name: str, depth: int) -> int:
-    """The aligned block: 2 for S and B, 8 for L and XL in SRA 2; 4 and 8 in SRA and REPA; a quarter of other models."""
+    """The aligned block: 2 for S and B, 8 for L and XL in SRA 2; 4 and 8 in REPA; in SRA 8 for XL alone; a quarter of
+    other models."""
     size = name.removeprefix("SiT-").split("/")[0]
     if size not in ("S", "B", "L", "XL"):
         return max(1, depth // 4)
-    if size in ("L", "XL"):
+    if size == "XL" or (size == "L" and row != "sra"):
         return 8
     return 2 if row.startswith("sra2") else 4
 

@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from energy import EnergyMeter
@@ -49,9 +50,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
     """(setting, rows, steps) with every default filled in. Raises InputError naming the option."""
     has_gpu = torch.cuda.is_available()
-    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
-    if device.type not in ("cpu", "cuda"):
-        raise must_be("step_time", "--device", "cpu or cuda", args.device)
+    name = args.device or ("cuda" if has_gpu else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise must_be("step_time", "--device", "cpu or cuda", name)
+    device = torch.device(name)
     if device.type == "cuda" and not has_gpu:
         raise InputError("step_time: --device cuda: torch sees no GPU here; leave the option out or use cpu")
     on_gpu = device.type == "cuda"
@@ -74,6 +76,15 @@ def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
     setting = Setting(model, batch_size, precision, implementation, args.compile, device)
     check_setting(setting)
     return setting, list(dict.fromkeys(rows)), steps
+
+
+def check_can_append(path: str) -> None:
+    """Raises InputError for a file that cannot be written, before minutes of measuring are lost to it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    except OSError as error:
+        raise InputError(f"step_time: --json {path} cannot be written ({error.strerror}); name another file") from error
 
 
 def chosen_implementation(asked: str | None, device: torch.device) -> str:
@@ -255,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         setting, rows, steps = resolve(args)
+        if args.json:
+            check_can_append(args.json)
         records = measure(setting, rows, steps)
         for one in records if args.json else []:
             append_json_line(args.json, one)
@@ -268,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         print(
-            f"step_time: out of GPU memory ({str(error).splitlines()[0]}); try fewer --rows or a smaller --batch-size"
+            f"step_time: out of GPU memory ({str(error).splitlines()[0]}); try fewer --rows or a smaller --batch-size",
+            file=sys.stderr,
         )
         return 2
     except RuntimeError as error:

@@ -31,6 +31,9 @@ from sra2_fast.errors import InputError
         ({"align_depth": 0}, r"SiT: align_depth must be None or a block from 1 to depth = 3, got 0"),
         ({"encoder_depth": 8}, r"SiT: align_depth must be None or a block from 1 to depth = 3, got 8"),
         ({"align_depth": 1, "projector_layers": 0}, r"SiT: projector_layers must be at least 1, got 0"),
+        ({"align_depth": 1, "projector_dim": 0}, r"SiT: projector_dim must be None or at least 1, got 0"),
+        ({"align_depth": 1, "projection_dim": 0}, r"SiT: projection_dim must be None or at least 1, got 0"),
+        ({"mlp_ratio": 0.0}, r"SiT: mlp_ratio must be such that the MLP has a width of at least 1, got 0\.0"),
         ({"projector_dim": 64}, r"SiT: projector_dim without align_depth has no meaning; give align_depth="),
         ({"projection_dim": 16}, r"SiT: projection_dim without align_depth has no meaning; give align_depth="),
         (

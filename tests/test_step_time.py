@@ -123,6 +123,8 @@ def test_overhead_is_paired_by_round() -> None:
         (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
         (["--device", "mps"], "--device must be cpu or cuda, got mps"),
+        (["--device", "banana"], "--device must be cpu or cuda, got banana"),  # torch.device raises RuntimeError
+        (["--json", "."], r"--json \. cannot be written \(Is a directory\); name another file"),
         (["--precision", "tf32"], "--precision tf32 is for a GPU"),
         (["--plot", "x.png"], "--plot draws what --json FILE holds; give both"),
     ],
@@ -250,7 +252,8 @@ def test_the_eager_step_is_clip_adamw_and_ema() -> None:
 
 def test_rows_use_the_blocks_of_their_papers() -> None:
     assert [step_rows.align_depth("sra2-cosine", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [2, 2, 8, 8]
-    assert [step_rows.align_depth("sra", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [4, 4, 8, 8]
+    assert [step_rows.align_depth("sra", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [4, 4, 4, 8]
+    assert [step_rows.align_depth("repa", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [4, 4, 8, 8]
     assert step_rows.align_depth("repa", "64,12,2,2", 12) == 3 and step_rows.align_depth("sra", "64,2,2,2", 2) == 1
 
 

@@ -24,6 +24,8 @@ def check_arguments(**config: Any) -> None:
         raise must_be("SiT", "hidden_size", f"divisible by num_heads = {num_heads}", hidden_size)
     if hidden_size % 4:
         raise must_be("SiT", "hidden_size", "divisible by 4 (the sine-cosine positions)", hidden_size)
+    if int(hidden_size * config["mlp_ratio"]) < 1:
+        raise must_be("SiT", "mlp_ratio", "such that the MLP has a width of at least 1", config["mlp_ratio"])
     if not 0 <= config["class_dropout_prob"] < 1:
         raise must_be("SiT", "class_dropout_prob", "in [0, 1)", config["class_dropout_prob"])
     if config["implementation"] not in IMPLEMENTATIONS:
@@ -35,6 +37,9 @@ def check_arguments(**config: Any) -> None:
                 raise InputError(f"SiT: {name} without align_depth has no meaning; give align_depth= as well")
     elif not isinstance(align_depth, int) or not 1 <= align_depth <= depth:
         raise must_be("SiT", "align_depth", f"None or a block from 1 to depth = {depth}", align_depth)
+    for name in ("projector_dim", "projection_dim"):
+        if config[name] is not None and config[name] < 1:
+            raise must_be("SiT", name, "None or at least 1", config[name])
     if config["projector_layers"] < 1:
         raise must_be("SiT", "projector_layers", "at least 1", config["projector_layers"])
 
