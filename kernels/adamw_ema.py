@@ -158,7 +158,9 @@ def _update_chunk(
         _store(exp_avg_sq_ptr, exp_avg_sq, lane, left, FULL)
         _store(param_ptr, param, lane, left, FULL)
         if HAS_EMA:
-            _store(ema_ptr, ema + one_minus_ema_decay * (param - ema), lane, left, FULL)
+            # Weighted, not ema + w (param - ema): a decay of 0 must give the parameter to the last bit.
+            average = (1.0 - one_minus_ema_decay) * ema + one_minus_ema_decay * param
+            _store(ema_ptr, average, lane, left, FULL)
 
 
 @triton.jit

@@ -154,6 +154,14 @@ def test_sigma_channels_are_left_out(batch):
     check(loss.velocity, float(((model(x_t, batch["t"], batch["labels"]).detach() - v) ** 2).mean()))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_bf16_latents_are_taken_to_float32(batch, implementation):
+    model = SiT(**SMALL, align_depth=2, implementation=implementation).eval()
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    single = {name: value.float() if value.is_floating_point() else value for name, value in half.items()}
+    assert SRA2Loss()(model, **{**half, "t": single["t"]}).total == SRA2Loss()(model, **single).total
+
+
 def test_total_alone_carries_gradients(batch):
     loss = SRA2Loss()(random_model(), **batch)
     assert loss.total.requires_grad and not loss.velocity.requires_grad and not loss.align.requires_grad

@@ -52,6 +52,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             {"model": "16,2,2,3"},
             r"digits has latents of 8x8, which the patch size 3 of --model 16,2,2,3 does not divide",
         ),
+        (
+            {"optimizer": "apex"},
+            r'implementation="apex" needs NVIDIA apex with its CUDA kernels',
+        ),
         ({"num_classes": 5}, r"label out of range: digits has 10 classes, the model 5; set num_classes to 10 or more"),
         (
             {"sample_every": 2, "sample_cfg": 2.0, "label_dropout": 0.0},

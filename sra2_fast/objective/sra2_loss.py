@@ -99,7 +99,7 @@ class SRA2Loss:
         """The loss of one batch.
 
         model: a `SiT`, bare or wrapped by DDP, FSDP2 or torch.compile.
-        latents: (B, C, H, W) float32 - clean latents z. labels: (B,) int64.
+        latents: (B, C, H, W) float32 (bfloat16 is taken to it) - clean latents z. labels: (B,) int64.
         t: (B,) - time; noise: like latents; label_drop: (B,) bool - labels replaced by the null label; teacher_gap:
             (B,) - u above. None draws each from torch's generator (labels are dropped only while the model trains).
         features: (B, N, F) - for target="features". teacher: the EMA copy - for target="teacher".
@@ -109,6 +109,8 @@ class SRA2Loss:
         """
         self._check(latents, labels, t, noise, label_drop, teacher_gap, features, teacher)
         sit = _unwrapped(model)
+        if latents.dtype == torch.bfloat16:
+            latents, noise = latents.float(), None if noise is None else noise.float()
         if self.align is not None and sit.align_depth is None:
             raise InputError("SRA2Loss: there is no projector; build the model with align_depth=, or give align=None")
         if t is None:

@@ -139,7 +139,7 @@ def build_optimizer(options: TrainOptions, model: SiT) -> AdamWEMA:
         weight_decay=options.weight_decay,
         ema_decay=options.ema_decay,
         max_grad_norm=options.max_grad_norm or None,
-        implementation=options.implementation,
+        implementation="apex" if options.optimizer == "apex" else options.implementation,
     )
 
 

@@ -73,6 +73,9 @@ class TrainOptions:
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "where to train", shapes_run=False)
     implementation: Literal["auto", "eager", "fused"] = _option("auto", "fused ops, or PyTorch's own", shapes_run=False)
+    optimizer: Literal["adamw-ema", "apex"] = _option(
+        "adamw-ema", "ours, or NVIDIA apex's fused AdamW where it imports", shapes_run=False
+    )
     compile: bool | None = _option(None, "torch.compile the model (default: on a GPU)", shapes_run=False)
     checkpoint_blocks: bool = _option(
         False, "recompute each block in the backward pass to save memory", shapes_run=False
