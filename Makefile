@@ -28,11 +28,12 @@ gpu: $(VENV)/.dev-installed
 # torch first: left to the resolver, an unpinned torch may bring gigabytes of CUDA packages to a machine without a GPU.
 $(VENV)/.torch-installed:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q --no-compile $(TORCH)
 	@touch $@
 
+# Without a GPU the demo leaves the CUDA kernels out: nobody would run them, and nvcc takes its time.
 $(VENV)/.demo-installed: $(VENV)/.torch-installed $(INSTALL_INPUTS)
-	$(BIN)/python -m pip install -q -e '.[demo]'
+	SRA2_BUILD_CUDA=$(if $(shell command -v nvidia-smi),auto,0) $(BIN)/python -m pip install -q -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.torch-installed $(INSTALL_INPUTS)

@@ -26,12 +26,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sra2_fast.info`."""
-    parser = argparse.ArgumentParser(prog="sra2-fast info", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from .cli import main
+
+    sys.exit(main(["info", *sys.argv[1:]]))
