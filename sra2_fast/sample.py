@@ -38,7 +38,7 @@ def sample_ode(
 ) -> Tensor:
     """Integrate dx/dt = v(x, t, y) from t = 1 (noise) to t = 0 (data).
 
-    model: in eval mode (a training one drops labels by chance); model(x, t, y) -> velocity, or a tuple beginning with it
+    model: in eval mode (a training one drops labels by chance); (x, t, y) -> velocity, or a tuple with it first
     noise: (B, C, H, W) float - the starting point; its dtype is what the model gets
     labels: (B,) int - classes
     steps: the number of equal steps of Euler and Heun; dopri5 chooses its own from rtol and atol

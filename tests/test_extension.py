@@ -15,7 +15,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from sra2_fast import backends, info
+from sra2_fast import backends, cli
 
 COMPILER = shutil.which("c++")
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
@@ -230,11 +230,11 @@ def test_a_driver_that_is_too_old_is_reported(other_folder, monkeypatch):
 
 
 def test_info_prints_everything_status_knows(capsys):
-    assert info.main([]) == 0
+    assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     for name, value in backends.status().items():
         assert name in printed and value in printed
-    assert info.main(["--json"]) == 0
+    assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == backends.status()
 
 
