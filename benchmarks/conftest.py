@@ -21,11 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-seconds", default=3.0, type=float, help="time for the counted rounds of one comparison")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_enable = True  # pyproject.toml disables benchmarks for the test suite
-
-
 @pytest.fixture
 def bench_device(request: pytest.FixtureRequest) -> torch.device:
     """The device the benchmarks run on."""
