@@ -10,14 +10,12 @@ normalises x' as it was rounded for storage, since that is what the backward rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .row_tiles import (
-    RowTiles,
+    LaunchConfig,
     choose_tiles,
     cut_samples,
     multiprocessors,
@@ -39,15 +37,6 @@ FORWARD_COLUMNS = 48
 BACKWARD_COLUMNS = 18
 BACKWARD_STAGES = 2
 BACKWARD_PROGRAMS = 2
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """The blocks of both kernels, and how far the backward prefetches."""
-
-    forward: RowTiles
-    backward: RowTiles
-    backward_stages: int
 
 
 def launch_config(rows: int, D: int, dtype: torch.dtype) -> LaunchConfig:

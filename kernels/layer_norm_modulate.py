@@ -11,14 +11,12 @@ atomics, so runs are bitwise equal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .row_tiles import (
-    RowTiles,
+    LaunchConfig,
     choose_tiles,
     cut_samples,
     multiprocessors,
@@ -41,15 +39,6 @@ BACKWARD_COLUMNS = 24
 # multiprocessor in bf16, 55 kB in float32) when they run two steps ahead, in three stages.
 BACKWARD_PROGRAMS = 2
 BACKWARD_STAGES = 3
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """The blocks of both kernels, and how far the backward prefetches."""
-
-    forward: RowTiles
-    backward: RowTiles
-    backward_stages: int
 
 
 def launch_config(rows: int, D: int, dtype: torch.dtype) -> LaunchConfig:

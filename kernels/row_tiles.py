@@ -47,6 +47,15 @@ class RowTiles:
         }
 
 
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The blocks of an op's two kernels, and how far the backward prefetches."""
+
+    forward: RowTiles
+    backward: RowTiles
+    backward_stages: int
+
+
 def split_columns(D: int) -> tuple[int, int]:
     """(main, tail): powers of two, tail possibly 0, with main + tail >= D and the least padding two tiles allow."""
     main = 1 << (D.bit_length() - 1)
