@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, must_be, must_have_type
+from ..ops.checks import autocast_dtype
 
 IMPLEMENTATIONS = ("eager", "fused")
 
@@ -111,10 +112,3 @@ def check_guidance(model: Any, x: torch.Tensor, channels: int | None) -> None:
         raise must_be("SiT", "x", "an even batch (labels, then null labels)", len(x))
     if channels is not None and channels != 3 and not 1 <= channels <= model.in_channels:
         raise must_be("SiT", "channels", f"None or from 1 to {model.in_channels}", channels)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type autocast computes in on this kind of device; None where it is off or unknown."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)

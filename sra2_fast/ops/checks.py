@@ -51,11 +51,18 @@ def _check_layout(op: str, name: str, t: torch.Tensor) -> None:
         raise must_be(op, name, f"of stride 1 in its last dimension ({_WAY_OUT} others)", f"stride {t.stride(-1)}")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type autocast computes in on this kind of device; None where it is off or unknown."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def output_dtype(op: str, x: torch.Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on for x's device, else x's own."""
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return x.dtype
-    dtype = torch.get_autocast_dtype(x.device.type)
     if dtype not in FLOATS:
         raise must_have_type(op, "the autocast dtype", "bfloat16 (or float32)", dtype)
     return dtype
