@@ -14,9 +14,11 @@ struct NormArgs {
   float* rstd;
   float eps;
   int64_t padded;  // D rounded up to whole steps of any instruction set
+  bool past;       // store rows past the caches
 
-  // Floats of scratch a thread needs, and of partial sums a piece writes: dscale, dshift, dgate.
-  int64_t scratch() const { return 3 * padded; }
+  // Floats of scratch a thread needs: scale, shift, gate and the x_new of four rows; and of partial sums a piece
+  // writes: dscale, dshift, dgate.
+  int64_t scratch() const { return 7 * padded; }
   int64_t sums() const { return 3 * padded; }
 };
 
@@ -25,13 +27,13 @@ inline int64_t padded_size(int64_t D) { return (D + 31) / 32 * 32; }
 struct NormKernels {
   // Rows [first, end) of sample b. load_modulation once for each sample, then any number of fwd or bwd.
   void (*load_modulation)(const NormArgs&, int64_t b, float* scratch);
-  void (*fwd)(const NormArgs&, int64_t b, int64_t first, int64_t end, const float* scratch);
+  void (*fwd)(const NormArgs&, int64_t b, int64_t first, int64_t end, float* scratch);
   void (*bwd)(const NormArgs&, int64_t b, int64_t first, int64_t end, const float* scratch, float* sums);
   // The modulation gradients of sample b: pieces partial sums added in order.
   void (*add_sums)(const NormArgs&, int64_t b, const float* sums, int64_t pieces);
 };
 
-int32_t norm_fwd(const NormArgs& args, sra2_parallel parallel);
-int32_t norm_bwd(const NormArgs& args, sra2_parallel parallel);
+int32_t norm_fwd(NormArgs args, sra2_parallel parallel);
+int32_t norm_bwd(NormArgs args, sra2_parallel parallel);
 
 }  // namespace sra2

@@ -13,7 +13,15 @@ static int64_t grain(const NormArgs& a, const Pieces& pieces) {
   return 1 + 32768 / elements;
 }
 
-int32_t norm_fwd(const NormArgs& a, sra2_parallel parallel) {
+// Whether a result of B N rows is better stored past the caches: it is larger than what a core keeps, and aligned.
+static bool is_past(const NormArgs& a, const sra2_rows& out) {
+  const int64_t row_bytes = a.shape.D * (out.dtype == SRA2_BF16 ? 2 : 4);
+  return !out.data || (a.shape.B * a.shape.N * row_bytes >= (1 << 20) && row_bytes % 64 == 0 &&
+                       reinterpret_cast<uintptr_t>(out.data) % 64 == 0);
+}
+
+int32_t norm_fwd(NormArgs a, sra2_parallel parallel) {
+  a.past = is_past(a, a.y) && is_past(a, a.x_new);
   const NormKernels& kernels = norm_kernels();
   const Pieces pieces(a.shape.B, a.shape.N);
   bool out_of_memory = false;
@@ -32,7 +40,8 @@ int32_t norm_fwd(const NormArgs& a, sra2_parallel parallel) {
   return out_of_memory ? 1 : error;
 }
 
-int32_t norm_bwd(const NormArgs& a, sra2_parallel parallel) {
+int32_t norm_bwd(NormArgs a, sra2_parallel parallel) {
+  a.past = is_past(a, a.dx) && is_past(a, a.dbranch);
   const NormKernels& kernels = norm_kernels();
   const Pieces pieces(a.shape.B, a.shape.N);
   Floats sums(pieces.count() * a.sums());

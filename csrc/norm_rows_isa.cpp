@@ -7,10 +7,11 @@ namespace sra2 {
 namespace SRA2_ISA {
 
 // Rows in flight: their loads and reductions overlap, and modulation and partial sums are read once for all of them.
-// The first pass asks for the lines that the last one writes, and that for the next rows, or memory would stand still
-// while rows are in cache. One thread of a 2.8 GHz Ice Lake, cold caches, (4, 256, 1152) bf16, us, without -> with the
-// write prefetch (a copy of as many bytes): forward 761 -> 699 (565), backward 1151 -> 1089 (774); gated, forward
-// 1326 -> 1239 (1034), backward 2438 -> 1826 (1461).
+// Each pass asks for a share of the next rows, since a core waits for few lines at once, and large results are stored
+// past the caches. Two threads of a 2.8 GHz Ice Lake, cold caches, (4, 256, 1152), us, when the last pass asked for all
+// and stores went through the caches -> now (a copy of as many bytes): float32 forward 530 -> 429 (514), backward
+// 776 -> 678 (751), gated 950 -> 762 (1008) and 1328 -> 1158 (1440); bf16 403 -> 354 (281), 588 -> 518 (393), gated
+// 659 -> 590 (503) and 968 -> 820 (733).
 constexpr int ROWS = 4;
 #define SRA2_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < R; ++r)
 
@@ -19,34 +20,48 @@ SRA2_INLINE T* row(const sra2_rows& rows, int64_t i) {
   return static_cast<T*>(rows.data) + i * rows.stride;
 }
 
+// The pass, of PASSES over R rows, that asks for the r-th of the next R.
+template <int R, int PASSES>
+constexpr int pass_of(int r) {
+  return (r * PASSES + PASSES - 1) / R;
+}
+
 template <class X, class B, class Y, bool BRANCH, int R>
-static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
+static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
+  const NormArgs a = args;  // a copy: the stores below cannot change it, so nothing of it is read twice
   constexpr bool PAIRS = same<X, bf16> && same<Y, bf16> && (!BRANCH || same<B, bf16>);
   const int64_t D = a.shape.D;
   const float *scale1 = scratch, *shift = scratch + a.padded, *gate = scratch + 2 * a.padded;
-  const X* x[R];  // the rows to normalise; x_new where there is a branch
-  V total[R] = {}, squares[R] = {};
-  SRA2_ROWS x[r] = row<X>(BRANCH ? a.x_new : a.x, i + r);
+  X* x_new = reinterpret_cast<X*>(scratch + 3 * a.padded);  // R rows, in cache until the last pass
+  const X* x[R];                                            // the rows to normalise
+  V total[2][R] = {}, squares[2][R] = {};  // of even and odd vectors: short sums are more exact sums
+  SRA2_ROWS x[r] = BRANCH ? x_new + r * a.padded : row<X>(a.x, i + r);
+  const auto ask = [&](int r, int64_t k) __attribute__((always_inline)) {
+    prefetch(row<X>(a.x, i + r + R) + k);
+    if constexpr (BRANCH) prefetch(row<B>(a.branch, i + r + R) + k);
+  };
 
   each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool FULL = decltype(full)::value;
     SRA2_ROWS {
       V p, q;
+      if (FULL && pass_of<R, 3>(r) == 0) ask(r, k);
       if constexpr (BRANCH) {
         V bp, bq;
         load<PAIRS, FULL>(row<X>(a.x, i + r) + k, n, p, q);
         load<PAIRS, FULL>(row<B>(a.branch, i + r) + k, n, bp, bq);
         p = rounded_to<X>(p + get<V>(gate + k) * bp);  // the norm is of the x_new that is kept for backward
         q = rounded_to<X>(q + get<V>(gate + k + W) * bq);
-        store<PAIRS, FULL>(row<X>(a.x_new, i + r) + k, n, p, q);
+        store<PAIRS>(x_new + r * a.padded + k, p, q);
       } else {
         load<PAIRS, FULL>(x[r] + k, n, p, q);
       }
-      total[r] += p + q;
+      total[0][r] += p;
+      total[1][r] += q;
     }
   });
   float mean[R], rstd[R];
-  SRA2_ROWS mean[r] = sum(total[r]) / static_cast<float>(D);
+  SRA2_ROWS mean[r] = sum(total[0][r] + total[1][r]) / static_cast<float>(D);
 
   each_step(D, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool FULL = decltype(full)::value;
@@ -58,7 +73,7 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
     }
     SRA2_ROWS {
       V p, q;
-      if constexpr (FULL) prefetch_write(row<Y>(a.y, i + r) + k);
+      if (FULL && pass_of<R, 3>(r) == 1) ask(r, k);
       load<PAIRS, FULL>(x[r] + k, n, p, q);
       p -= mean[r];
       q -= mean[r];
@@ -66,12 +81,12 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
         p *= in_p;
         q *= in_q;
       }
-      squares[r] += p * p;
-      squares[r] += q * q;
+      squares[0][r] += p * p;
+      squares[1][r] += q * q;
     }
   });
   SRA2_ROWS {
-    rstd[r] = 1.f / __builtin_sqrtf(sum(squares[r]) / static_cast<float>(D) + a.eps);
+    rstd[r] = 1.f / __builtin_sqrtf(sum(squares[0][r] + squares[1][r]) / static_cast<float>(D) + a.eps);
     a.mean[i + r] = mean[r];
     a.rstd[i + r] = rstd[r];
   }
@@ -80,14 +95,12 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
     constexpr bool FULL = decltype(full)::value;
     SRA2_ROWS {
       V p, q;
-      if constexpr (FULL) {
-        prefetch(row<X>(a.x, i + r + R) + k);
-        if constexpr (BRANCH) prefetch(row<B>(a.branch, i + r + R) + k);
-      }
+      if (FULL && pass_of<R, 3>(r) == 2) ask(r, k);
       load<PAIRS, FULL>(x[r] + k, n, p, q);
+      if constexpr (BRANCH) move<FULL>(row<X>(a.x_new, i + r) + k, x[r] + k, n, a.past);
       p = (p - mean[r]) * rstd[r] * get<V>(scale1 + k) + get<V>(shift + k);
       q = (q - mean[r]) * rstd[r] * get<V>(scale1 + k + W) + get<V>(shift + k + W);
-      store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q);
+      store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q, a.past);
     }
   });
 }
@@ -95,7 +108,8 @@ static void fwd_rows(const NormArgs& a, int64_t i, const float* scratch) {
 SRA2_INLINE void add_to(float* p, V v) { put(p, get<V>(p) + v); }
 
 template <class X, class B, class Y, bool BRANCH, int R>
-static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* sums) {
+static void bwd_rows(const NormArgs& args, int64_t i, const float* scratch, float* sums) {
+  const NormArgs a = args;
   constexpr bool PAIRS = same<X, bf16> && same<Y, bf16> && (!BRANCH || same<B, bf16>);
   const int64_t D = a.shape.D;
   const float *scale1 = scratch, *gate = scratch + 2 * a.padded;
@@ -104,6 +118,10 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
   const sra2_rows& x = BRANCH ? a.x_new : a.x;
   float mean[R], rstd[R];
   V g_sum[R] = {}, gx_sum[R] = {};
+  const auto ask = [&](int r, int64_t k) __attribute__((always_inline)) {
+    prefetch(row<X>(x, i + r + R) + k);
+    prefetch(row<Y>(a.dy, i + r + R) + k);
+  };
   SRA2_ROWS {
     mean[r] = a.mean[i + r];
     rstd[r] = a.rstd[i + r];
@@ -116,9 +134,8 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
     SRA2_ROWS {
       V p, q, dp, dq;
       if constexpr (FULL) {
-        if (a.dx.data) prefetch_write(row<X>(a.dx, i + r) + k);
+        if (pass_of<R, 2>(r) == 0) ask(r, k);
         if constexpr (BRANCH) {
-          if (a.dbranch.data) prefetch_write(row<B>(a.dbranch, i + r) + k);
           if (a.dx_new.data) prefetch(row<X>(a.dx_new, i + r) + k);
           prefetch(row<B>(a.branch, i + r) + k);
         }
@@ -157,10 +174,7 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
     V dgate_p = {}, dgate_q = {};
     SRA2_ROWS {
       V p, q, dp, dq;
-      if constexpr (FULL) {
-        prefetch(row<X>(x, i + r + R) + k);
-        prefetch(row<Y>(a.dy, i + r + R) + k);
-      }
+      if (FULL && pass_of<R, 2>(r) == 1) ask(r, k);
       load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
       load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
       p = dp * sp * rstd[r] + ((p - mean[r]) * c1[r] + c0[r]);
@@ -177,9 +191,10 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
           dgate_q += q * dq;
         }
         if (a.dbranch.data)
-          store<PAIRS, FULL>(row<B>(a.dbranch, i + r) + k, n, p * get<V>(gate + k), q * get<V>(gate + k + W));
+          store<PAIRS, FULL>(row<B>(a.dbranch, i + r) + k, n, p * get<V>(gate + k), q * get<V>(gate + k + W),
+                             a.past);
       }
-      if (!BRANCH || a.dx.data) store<PAIRS, FULL>(row<X>(a.dx, i + r) + k, n, p, q);
+      if (!BRANCH || a.dx.data) store<PAIRS, FULL>(row<X>(a.dx, i + r) + k, n, p, q, a.past);
     }
     if constexpr (BRANCH) {
       if (a.dgate.data) {
@@ -191,7 +206,7 @@ static void bwd_rows(const NormArgs& a, int64_t i, const float* scratch, float* 
 }
 
 template <class X, class B, class Y, bool BRANCH>
-static void fwd_all(const NormArgs& a, int64_t i, int64_t end, const float* scratch) {
+static void fwd_all(const NormArgs& a, int64_t i, int64_t end, float* scratch) {
   for (; i + ROWS <= end; i += ROWS) fwd_rows<X, B, Y, BRANCH, ROWS>(a, i, scratch);
   for (; i < end; ++i) fwd_rows<X, B, Y, BRANCH, 1>(a, i, scratch);
 }
@@ -242,15 +257,17 @@ static void load_modulation(const NormArgs& a, int64_t b, float* scratch) {
     unpack_modulation<false>(a, b, scratch);
 }
 
-static void fwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, const float* scratch) {
+static void fwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, float* scratch) {
   const int64_t start = b * a.shape.N;
   SRA2_BY_DTYPE(fwd_all, a.y, a, start + first, start + end, scratch);
+  if (a.past) fence();
 }
 
 static void bwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, const float* scratch, float* sums) {
   const int64_t start = b * a.shape.N;
   memset(sums, 0, static_cast<size_t>(a.sums()) * sizeof(float));
   SRA2_BY_DTYPE(bwd_all, a.dy, a, start + first, start + end, scratch, sums);
+  if (a.past) fence();
 }
 
 template <bool PAIRS, class T>

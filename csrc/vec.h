@@ -9,7 +9,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -20,10 +20,8 @@ namespace SRA2_ISA {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
 #else
-constexpr int W = 4;
+constexpr int W = 8;  // also where registers hold four: sums over more lanes are more exact
 #endif
 constexpr int STEP = 2 * W;
 
@@ -46,7 +44,7 @@ SRA2_INLINE float sum(V v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 #else
-  return (v[0] + v[2]) + (v[1] + v[3]);
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 #endif
 }
 
@@ -131,6 +129,54 @@ SRA2_INLINE void store(bf16* p, V a, V b) {
   }
 }
 
+// Stores past the caches, for rows larger than they are: a plain store first reads the line that it overwrites.
+// p must be aligned to the vector; fence() before another thread looks.
+SRA2_INLINE void put_past(void* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  const __m128* half = reinterpret_cast<const __m128*>(&v);
+  _mm_stream_ps(static_cast<float*>(p), half[0]);
+  _mm_stream_ps(static_cast<float*>(p) + 4, half[1]);
+#else
+  put(p, v);
+#endif
+}
+SRA2_INLINE void put_past(void* p, H v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  put(p, v);
+#endif
+}
+SRA2_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+template <bool PAIRS>
+SRA2_INLINE void store_past(float* p, V a, V b) {
+  if constexpr (PAIRS) {
+    store<PAIRS>(p, a, b);
+  } else {
+    put_past(p, a);
+    put_past(p + W, b);
+  }
+}
+template <bool PAIRS>
+SRA2_INLINE void store_past(bf16* p, V a, V b) {
+  if constexpr (PAIRS) {
+    put_past(p, (V)((round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u)));
+  } else {
+    put_past(p, __builtin_convertvector(round_bits(a) >> 16, H));
+    put_past(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
+  }
+}
+
 // The same for the last n < STEP elements of a row: nothing beyond them is touched, and zeros are loaded for them.
 template <bool PAIRS, class T>
 SRA2_INLINE void load_some(const T* p, int64_t n, V& a, V& b) {
@@ -160,6 +206,28 @@ SRA2_INLINE void store(T* p, int64_t n, V a, V b) {
   else
     store_some<PAIRS>(p, n, a, b);
 }
+template <bool PAIRS, bool FULL, class T>
+SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool past) {
+  if constexpr (FULL) {
+    if (past) return store_past<PAIRS>(p, a, b);
+  }
+  store<PAIRS, FULL>(p, n, a, b);
+}
+
+// n elements from cache to where store() would put them.
+template <bool FULL, class T>
+SRA2_INLINE void move(T* to, const T* from, int64_t n, bool past) {
+  if constexpr (FULL) {
+    for (int i = 0; i < STEP; i += static_cast<int>(sizeof(V) / sizeof(T))) {
+      if (past)
+        put_past(to + i, get<V>(from + i));
+      else
+        put(to + i, get<V>(from + i));
+    }
+  } else {
+    memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  }
+}
 
 // A row of any dtype as float32 in the given order, plus a constant, padded with zeros to whole steps.
 template <bool PAIRS>
@@ -181,13 +249,6 @@ template <class T>
 SRA2_INLINE void prefetch(const T* p) {
   const char* line = reinterpret_cast<const char*>(p);
   for (int i = 0; i < static_cast<int>(STEP * sizeof(T)); i += 64) __builtin_prefetch(line + i);
-}
-
-// The same for lines that will be written.
-template <class T>
-SRA2_INLINE void prefetch_write(const T* p) {
-  const char* line = reinterpret_cast<const char*>(p);
-  for (int i = 0; i < static_cast<int>(STEP * sizeof(T)); i += 64) __builtin_prefetch(line + i, 1);
 }
 
 // Calls body(k, n, full) for every step of a row of D elements; full is a compile-time true for all but a last short one.
