@@ -7,8 +7,12 @@ namespace sra2 {
 
 SRA2_DISPATCH(LossKernels, loss_kernels)
 
-// Columns of dW a piece of work holds: 64 rows of them fit the first-level cache, and SiT-B's 1536 still feed 12 threads.
-constexpr int64_t COLUMNS = 128;
+// Threads share the columns of dW in whole steps of every instruction set; a column's sum is the same in any share.
+constexpr int64_t COLUMNS = 32;
+
+// Columns that a thread takes at once: wide, so that rows of hidden are read in long stretches, while P of them still
+// fit beside the rows in the first-level cache.
+static int64_t panel(int64_t P) { return 8192 / P < COLUMNS ? COLUMNS : 8192 / P / COLUMNS * COLUMNS; }
 
 // Pieces worth a thread of their own: below about 256 Ki products a second thread costs more than it saves.
 static int64_t grain(int64_t products_a_piece) { return 1 + 262144 / (products_a_piece + 1); }
@@ -45,24 +49,25 @@ int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_par
   const sra2_loss_bwd& a = *args;
   const LossKernels& kernels = loss_kernels();
   int32_t error = 0;
-  if (a.dhidden)
+  if (a.dhidden) {
+    const bool past = goes_past(a.dhidden, a.rows, a.K * (a.dtype == SRA2_BF16 ? 2 : 4));
     error = parallel_for(parallel, a.rows, grain(a.K * a.P), [&](int64_t begin, int64_t end) {
-      kernels.dhidden(a, begin, end);
+      kernels.dhidden(a, begin, end, past);
     });
+  }
   bool out_of_memory = false;
   if (a.dbias) kernels.dbias(a);  // 1 / K of the work; as one more piece it would upset the balance of the few below
   const int64_t pieces = a.dweight ? (a.K + COLUMNS - 1) / COLUMNS : 0;
   if (!error)
     error = parallel_for(parallel, pieces, grain(COLUMNS * a.rows * a.P), [&](int64_t begin, int64_t end) {
-      Floats scratch(a.P * COLUMNS);
+      const int64_t width = panel(a.P), last = end * COLUMNS < a.K ? end * COLUMNS : a.K;
+      Floats scratch(a.P * width);
       if (!scratch.data) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
         return;
       }
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * COLUMNS, last = first + COLUMNS;
-        kernels.dweight(a, first, last < a.K ? last : a.K, scratch.data);
-      }
+      for (int64_t first = begin * COLUMNS; first < last; first += width)
+        kernels.dweight(a, first, first + width < last ? first + width : last, scratch.data);
     });
   return out_of_memory ? 1 : error;
 }

@@ -77,7 +77,8 @@ static void bwd(StableIValue* stack, uint64_t, uint64_t) {
   const bool need_dhidden = as_bool(stack[4]), need_dweight = as_bool(stack[5]), need_dbias = as_bool(stack[6]);
   const int32_t f32 = aoti_torch_dtype_float32();
   check("dalign", dalign, {}, f32);
-  if (dp.dim() != 3 || dp.size(2) > 256) must_be(OP, "dp", "(B, N, P), P at most 256", sizes_of(dp));
+  if (dp.dim() != 3 || dp.size(2) < 1 || dp.size(2) > 256)
+    must_be(OP, "dp", "(B, N, P), P from 1 to 256", sizes_of(dp));
   const int64_t B = dp.size(0), N = dp.size(1), P = dp.size(2);
   if (need_dhidden && weight.dim() != 2) must_be(OP, "weight", "(P, K)", sizes_of(weight));
   if (need_dweight && hidden.dim() != 3) must_be(OP, "hidden", "(B, N, K)", sizes_of(hidden));

@@ -66,6 +66,12 @@ struct Pieces {
   int64_t end_row(int64_t piece) const { return N * (piece % per_sample + 1) / per_sample; }
 };
 
+// Whether rows are better stored past the caches (vec.h): they are more than a core keeps, and aligned. Null data is.
+inline bool goes_past(const void* data, int64_t rows, int64_t row_bytes) {
+  return !data ||
+         (rows * row_bytes >= (1 << 20) && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0);
+}
+
 // Uninitialised, 64-byte aligned floats; null data where memory ran out.
 struct Floats {
   float* data;

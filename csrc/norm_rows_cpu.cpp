@@ -13,11 +13,8 @@ static int64_t grain(const NormArgs& a, const Pieces& pieces) {
   return 1 + 32768 / elements;
 }
 
-// Whether a result of B N rows is better stored past the caches: it is larger than what a core keeps, and aligned.
 static bool is_past(const NormArgs& a, const sra2_rows& out) {
-  const int64_t row_bytes = a.shape.D * (out.dtype == SRA2_BF16 ? 2 : 4);
-  return !out.data || (a.shape.B * a.shape.N * row_bytes >= (1 << 20) && row_bytes % 64 == 0 &&
-                       reinterpret_cast<uintptr_t>(out.data) % 64 == 0);
+  return goes_past(out.data, a.shape.B * a.shape.N, a.shape.D * (out.dtype == SRA2_BF16 ? 2 : 4));
 }
 
 int32_t norm_fwd(NormArgs a, sra2_parallel parallel) {

@@ -119,7 +119,8 @@ def test_the_kernels_refuse_the_same(index: int, value: object, message: str) ->
     ("index", "value", "message"),
     [
         (0, torch.zeros(2), r"dalign must be \(\), got \(2,\)"),
-        (1, torch.zeros(2, 6), r"dp must be \(B, N, P\), P at most 256, got \(2, 6\)"),
+        (1, torch.zeros(2, 6), r"dp must be \(B, N, P\), P from 1 to 256, got \(2, 6\)"),
+        (1, torch.zeros(2, 6, 0), r"dp must be \(B, N, P\), P from 1 to 256, got \(2, 6, 0\)"),
         (2, torch.zeros(2, 6), r"hidden must be \(B, N, K\), got \(2, 6\)"),
         (2, torch.zeros(2, 5, 12), r"hidden must be \(2, 6, 12\), got \(2, 5, 12\)"),
         (3, torch.zeros(16), r"weight must be \(P, K\), got \(16,\)"),

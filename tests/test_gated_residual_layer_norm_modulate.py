@@ -209,6 +209,15 @@ def test_a_chain_of_them_is_a_chain_of_eager_ones():
         assert_close(got.grad, want.grad, F32, 36, 200)
 
 
+@needs_extension
+def test_second_derivatives_are_refused():
+    inputs = make_inputs((2, 5, 24))
+    x_new, y = ops.gated_residual_layer_norm_modulate(*inputs)
+    (dx,) = torch.autograd.grad(y.square().sum() + x_new.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_compiled(dtype):
     torch._dynamo.reset()

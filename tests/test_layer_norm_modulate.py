@@ -189,6 +189,16 @@ def test_what_is_not_wanted_is_not_computed():
     assert [t.numel() for t in bwd(*arguments, True, False)] == [240, 0, 0]
 
 
+@needs_extension
+def test_second_derivatives_are_refused():
+    """Without the refusal they would be zero, with a warning."""
+    x, shift, scale = make_inputs((2, 5, 24))
+    y = ops.layer_norm_modulate(x, shift, scale)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_compiled(dtype):
     torch._dynamo.reset()

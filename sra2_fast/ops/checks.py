@@ -6,7 +6,11 @@ eager implementation takes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable as _once_differentiable
 
 from .. import backends
 from ..errors import must_be, must_have_type
@@ -66,3 +70,16 @@ def output_dtype(op: str, x: torch.Tensor) -> torch.dtype:
     if dtype not in FLOATS:
         raise must_have_type(op, "the autocast dtype", "bfloat16 (or float32)", dtype)
     return dtype
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same name, at no cost where no graph of the backward pass is asked for.
+
+    Without it the second derivative of an op that has none is zero, and only a warning says so.
+    """
+    refusing = _once_differentiable(backward)
+
+    def differentiate(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        return refusing(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return differentiate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .checks import IS_FUSED, check_array, check_rows, output_dtype
+from .checks import IS_FUSED, check_array, check_rows, once_differentiable, output_dtype
 from .layer_norm_modulate import eager as _layer_norm_modulate
 
 _OP = "gated_residual_layer_norm_modulate"
@@ -82,6 +82,7 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
         return x_new, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dx_new, dy):
         x_new, branch, gate, scale, mean, rstd = ctx.saved_tensors
         need_dx, need_dbranch, need_dgate, need_dshift, need_dscale = ctx.needs_input_grad[:5]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .checks import IS_FUSED, check_array, check_rows, output_dtype
+from .checks import IS_FUSED, check_array, check_rows, once_differentiable, output_dtype
 
 _OP = "layer_norm_modulate"
 _FWD = "(Tensor x, Tensor shift, Tensor scale, float eps, bool bf16_out) -> (Tensor, Tensor, Tensor)"
@@ -68,6 +68,7 @@ class _LayerNormModulate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, scale, mean, rstd = ctx.saved_tensors
         need_dx, need_dshift, need_dscale = ctx.needs_input_grad[:3]
