@@ -124,17 +124,22 @@ def _gated_residual_layer_norm_modulate_fwd_kernel(
 
 
 @triton.jit
-def _split_gradient(dx, dx_new_ptr, branch_ptr, gate, dx_ptr, dbranch_ptr, mask, HAS_DX_NEW: tl.constexpr):
+def _split_gradient(dx, dx_new_ptr, branch_ptr, gate, dx_ptr, dbranch_ptr, at, mask):
     """One tile of dx += dx_new and dbranch = gate * dx, both stored; returns its terms of dgate = sum branch * dx.
 
-    dx_new and branch are read here, after the row sums, so that they are not in registers while those are formed.
+    A pointer is None where there is nothing to read or nothing to be stored. dx_new and branch are read here, after the
+    row sums, so that they are not in registers while those are formed.
     """
-    if HAS_DX_NEW:
-        dx += tl.load(dx_new_ptr, mask=mask, other=0.0).to(tl.float32)
-    branch = tl.load(branch_ptr, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dbranch_ptr, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
-    return branch * dx
+    if dx_new_ptr is not None:
+        dx += tl.load(dx_new_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    terms = dx
+    if branch_ptr is not None:
+        terms = tl.load(branch_ptr + at, mask=mask, other=0.0).to(tl.float32) * dx
+    if dx_ptr is not None:
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if dbranch_ptr is not None:
+        tl.store(dbranch_ptr + at, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
+    return terms
 
 
 @triton.jit
@@ -149,12 +154,12 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
     rstd_ptr,
     dx_ptr,
     dbranch_ptr,
-    partial_ptr,
+    dgate_ptr,
+    modulation_ptr,
     N,
     slice_rows,
     stride_gate,
     stride_scale,
-    HAS_DX_NEW: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -163,6 +168,7 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dgate_ptr, modulation_ptr: partial sums. None: dx_new where nothing else used x', and what is not needed."""
     piece = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     lane_row = tl.arange(0, ROWS)[None, :, None]
@@ -198,8 +204,9 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
         rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
         # Where a mask is off dy is 0, so the value of x there (-mean rstd, finite) reaches no sum.
         x = (x - mean) * rstd
-        dshift += dy
-        dscale += dy * x
+        if modulation_ptr is not None:
+            dshift += dy
+            dscale += dy * x
         dy = dy * gain
         sums = row_sums(dy, dy * x)
         if TAIL > 0:
@@ -208,8 +215,9 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
             x_t = tl.load(x_new_ptr + at_t, mask=mask_t, other=0.0).to(tl.float32)
             dy_t = tl.load(dy_ptr + at_t, mask=mask_t, other=0.0).to(tl.float32)
             x_t = (x_t - mean) * rstd
-            dshift_t += dy_t
-            dscale_t += dy_t * x_t
+            if modulation_ptr is not None:
+                dshift_t += dy_t
+                dscale_t += dy_t * x_t
             dy_t = dy_t * gain_t
             sums += row_sums(dy_t, dy_t * x_t)
 
@@ -217,31 +225,27 @@ def _gated_residual_layer_norm_modulate_bwd_kernel(
         offset = mean_dy[None, :, None] * rstd
         slope = mean_dyx[None, :, None] * rstd
         dx = dy * rstd - (x * slope + offset)
-        dgate += _split_gradient(
-            dx, dx_new_ptr + at, branch_ptr + at, gate, dx_ptr + at, dbranch_ptr + at, mask, HAS_DX_NEW
-        )
+        terms = _split_gradient(dx, dx_new_ptr, branch_ptr, gate, dx_ptr, dbranch_ptr, at, mask)
+        if dgate_ptr is not None:
+            dgate += terms
         if TAIL > 0:
             dx_t = dy_t * rstd - (x_t * slope + offset)
-            dgate_t += _split_gradient(
-                dx_t,
-                dx_new_ptr + at_t,
-                branch_ptr + at_t,
-                gate_t,
-                dx_ptr + at_t,
-                dbranch_ptr + at_t,
-                mask_t,
-                HAS_DX_NEW,
-            )
+            terms_t = _split_gradient(dx_t, dx_new_ptr, branch_ptr, gate_t, dx_ptr, dbranch_ptr, at_t, mask_t)
+            if dgate_ptr is not None:
+                dgate_t += terms_t
 
-    gate_part = partial_ptr + (sample * tl.num_programs(0) + piece) * D
-    one_sum = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
-    store_slice(gate_part, dgate, cols, D)
-    store_slice(gate_part + one_sum, dshift, cols, D)
-    store_slice(gate_part + 2 * one_sum, dscale, cols, D)
-    if TAIL > 0:
-        store_slice(gate_part, dgate_t, cols_t, D)
-        store_slice(gate_part + one_sum, dshift_t, cols_t, D)
-        store_slice(gate_part + 2 * one_sum, dscale_t, cols_t, D)
+    part = (sample * tl.num_programs(0) + piece) * D
+    if dgate_ptr is not None:
+        store_slice(dgate_ptr + part, dgate, cols, D)
+        if TAIL > 0:
+            store_slice(dgate_ptr + part, dgate_t, cols_t, D)
+    if modulation_ptr is not None:
+        one_sum = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
+        store_slice(modulation_ptr + part, dshift, cols, D)
+        store_slice(modulation_ptr + one_sum + part, dscale, cols, D)
+        if TAIL > 0:
+            store_slice(modulation_ptr + part, dshift_t, cols_t, D)
+            store_slice(modulation_ptr + one_sum + part, dscale_t, cols_t, D)
 
 
 def gated_residual_layer_norm_modulate_fwd(
@@ -298,44 +302,51 @@ def gated_residual_layer_norm_modulate_bwd(
     scale: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dbranch, dgate, dshift, dscale) of gated_residual_layer_norm_modulate_fwd.
+    need_dx: bool = True,
+    need_dbranch: bool = True,
+    need_dgate: bool = True,
+    need_modulation: bool = True,
+) -> tuple[torch.Tensor | None, ...]:
+    """(dx, dbranch, dgate, dshift, dscale) of gated_residual_layer_norm_modulate_fwd; None for what is not needed.
 
     dx_new: (B, N, D) contiguous, or None where nothing else used x'; dy, x_new, branch: (B, N, D) contiguous;
     gate, scale: (B, D), any row stride; mean, rstd: (B, N) float32.
-    Returns dx x_new.dtype and dbranch branch.dtype (B, N, D); dgate, dshift, dscale (B, D) float32, summed over tokens
-    in a fixed order.
+    Returns dx x_new.dtype and dbranch branch.dtype (B, N, D); dgate gate.dtype, dshift and dscale scale.dtype (B, D),
+    summed over tokens in float32 in a fixed order.
     """
     B, N, D = x_new.shape
-    dx = torch.empty_like(x_new)
-    dbranch = torch.empty_like(branch)
+    dx = torch.empty_like(x_new) if need_dx else None
+    dbranch = torch.empty_like(branch) if need_dbranch else None
+    dtypes = [gate.dtype] * need_dgate + [scale.dtype] * (2 * need_modulation)
     if x_new.numel() == 0:
-        nothing = torch.zeros((B, D), device=dx.device, dtype=torch.float32)
-        return dx, dbranch, nothing, nothing.clone(), nothing.clone()
-    config = launch_config(B * N, D, narrowest(x_new, dy, branch, gate, scale))
-    tiles = config.backward
-    slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(dx.device))
-    partial = torch.empty((3, B, slices, D), device=dx.device, dtype=torch.float32)
-    _gated_residual_layer_norm_modulate_bwd_kernel[(slices, B)](
-        dy if dx_new is None else dx_new,
-        dy,
-        x_new,
-        branch,
-        gate,
-        scale,
-        mean,
-        rstd,
-        dx,
-        dbranch,
-        partial,
-        N,
-        slice_rows,
-        gate.stride(0),
-        scale.stride(0),
-        HAS_DX_NEW=dx_new is not None,
-        D=D,
-        STAGES=config.backward_stages,
-        **tiles.constexprs(),
-    )
-    dgate, dshift, dscale = sum_slices(partial)
+        sums = [x_new.new_zeros((B, D), dtype=dtype) for dtype in dtypes]
+    else:
+        config = launch_config(B * N, D, narrowest(x_new, dy, branch, gate, scale))
+        tiles = config.backward
+        slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(x_new.device))
+        partial = x_new.new_empty((len(dtypes), B, slices, D), dtype=torch.float32)
+        _gated_residual_layer_norm_modulate_bwd_kernel[(slices, B)](
+            dx_new,
+            dy,
+            x_new,
+            branch if need_dgate else None,
+            gate,
+            scale,
+            mean,
+            rstd,
+            dx,
+            dbranch,
+            partial if need_dgate else None,
+            partial[int(need_dgate) :] if need_modulation else None,
+            N,
+            slice_rows,
+            gate.stride(0),
+            scale.stride(0),
+            D=D,
+            STAGES=config.backward_stages,
+            **tiles.constexprs(),
+        )
+        sums = list(sum_slices(partial, dtypes)) if dtypes else []
+    dgate = sums.pop(0) if need_dgate else None
+    dshift, dscale = sums if need_modulation else (None, None)
     return dx, dbranch, dgate, dshift, dscale

@@ -126,6 +126,7 @@ def _layer_norm_modulate_bwd_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dx_ptr, partial_ptr: None for what is not needed."""
     piece = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     lane_row = tl.arange(0, ROWS)[None, :, None]
@@ -154,8 +155,9 @@ def _layer_norm_modulate_bwd_kernel(
         rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
         # Where a mask is off dy is 0, so the value of x there (-mean rstd, finite) reaches no sum.
         x = (x - mean) * rstd
-        dshift += dy
-        dscale += dy * x
+        if partial_ptr is not None:
+            dshift += dy
+            dscale += dy * x
         dy = dy * gain
         sums = row_sums(dy, dy * x)
         if TAIL > 0:
@@ -163,27 +165,30 @@ def _layer_norm_modulate_bwd_kernel(
             x_t = tl.load(x_ptr + row * D + cols_t, mask=mask_t, other=0.0).to(tl.float32)
             dy_t = tl.load(dy_ptr + row * D + cols_t, mask=mask_t, other=0.0).to(tl.float32)
             x_t = (x_t - mean) * rstd
-            dshift_t += dy_t
-            dscale_t += dy_t * x_t
+            if partial_ptr is not None:
+                dshift_t += dy_t
+                dscale_t += dy_t * x_t
             dy_t = dy_t * gain_t
             sums += row_sums(dy_t, dy_t * x_t)
 
-        mean_dy, mean_dyx = tl.split(sums * (1.0 / D))
-        offset = mean_dy[None, :, None] * rstd
-        slope = mean_dyx[None, :, None] * rstd
-        dx = dy * rstd - (x * slope + offset)
-        tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if TAIL > 0:
-            dx_t = dy_t * rstd - (x_t * slope + offset)
-            tl.store(dx_ptr + row * D + cols_t, dx_t.to(dx_ptr.dtype.element_ty), mask=mask_t)
+        if dx_ptr is not None:
+            mean_dy, mean_dyx = tl.split(sums * (1.0 / D))
+            offset = mean_dy[None, :, None] * rstd
+            slope = mean_dyx[None, :, None] * rstd
+            dx = dy * rstd - (x * slope + offset)
+            tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if TAIL > 0:
+                dx_t = dy_t * rstd - (x_t * slope + offset)
+                tl.store(dx_ptr + row * D + cols_t, dx_t.to(dx_ptr.dtype.element_ty), mask=mask_t)
 
-    shift_part = partial_ptr + (sample * tl.num_programs(0) + piece) * D
-    scale_part = shift_part + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
-    store_slice(shift_part, dshift, cols, D)
-    store_slice(scale_part, dscale, cols, D)
-    if TAIL > 0:
-        store_slice(shift_part, dshift_t, cols_t, D)
-        store_slice(scale_part, dscale_t, cols_t, D)
+    if partial_ptr is not None:
+        shift_part = partial_ptr + (sample * tl.num_programs(0) + piece) * D
+        scale_part = shift_part + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
+        store_slice(shift_part, dshift, cols, D)
+        store_slice(scale_part, dscale, cols, D)
+        if TAIL > 0:
+            store_slice(shift_part, dshift_t, cols_t, D)
+            store_slice(scale_part, dscale_t, cols_t, D)
 
 
 def layer_norm_modulate_fwd(
@@ -208,22 +213,28 @@ def layer_norm_modulate_fwd(
 
 
 def layer_norm_modulate_bwd(
-    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dshift, dscale) of layer_norm_modulate_fwd.
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    need_dx: bool = True,
+    need_modulation: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dshift, dscale) of layer_norm_modulate_fwd; None for what is not needed, which is not computed either.
 
     dy, x: (B, N, D) contiguous; scale: (B, D), any row stride; mean, rstd: (B, N) float32.
-    Returns dx (B, N, D) x.dtype, dshift and dscale (B, D) float32, summed over tokens in a fixed order.
+    Returns dx (B, N, D) x.dtype, dshift and dscale (B, D) scale.dtype, summed over tokens in float32 in a fixed order.
     """
     B, N, D = x.shape
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if need_dx else None
     if x.numel() == 0:
-        nothing = torch.zeros((B, D), device=x.device, dtype=torch.float32)
-        return dx, nothing, nothing.clone()
+        dshift, dscale = (scale.new_zeros(B, D) if need_modulation else None for _ in range(2))
+        return dx, dshift, dscale
     config = launch_config(B * N, D, narrowest(x, dy, scale))
     tiles = config.backward
     slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(x.device))
-    partial = torch.empty((2, B, slices, D), device=x.device, dtype=torch.float32)
+    partial = x.new_empty((2, B, slices, D), dtype=torch.float32) if need_modulation else None
     _layer_norm_modulate_bwd_kernel[(slices, B)](
         dy,
         x,
@@ -239,5 +250,7 @@ def layer_norm_modulate_bwd(
         STAGES=config.backward_stages,
         **tiles.constexprs(),
     )
-    dshift, dscale = sum_slices(partial)
+    if partial is None:
+        return dx, None, None
+    dshift, dscale = sum_slices(partial, (scale.dtype, scale.dtype))
     return dx, dshift, dscale

@@ -13,6 +13,7 @@ one warp, `lanes` widens over several.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,24 +166,24 @@ def _sum_slices_kernel(
         total += tl.load(partial_ptr + (first + piece) * D + column, mask=mask, other=0.0)
     result = tl.sum(total, axis=0)[None, :]
     if which == 0:
-        tl.store(first_ptr + sample * D + column, result, mask=column < D)
+        tl.store(first_ptr + sample * D + column, result.to(first_ptr.dtype.element_ty), mask=column < D)
     if which == 1:
-        tl.store(second_ptr + sample * D + column, result, mask=column < D)
+        tl.store(second_ptr + sample * D + column, result.to(second_ptr.dtype.element_ty), mask=column < D)
     if which == 2:
-        tl.store(third_ptr + sample * D + column, result, mask=column < D)
+        tl.store(third_ptr + sample * D + column, result.to(third_ptr.dtype.element_ty), mask=column < D)
 
 
-def sum_slices(partial: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """partial: (2 or 3, B, slices, D) float32 -> as many (B, D) float32 sums over the slices, in one launch.
+def sum_slices(partial: torch.Tensor, dtypes: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:
+    """partial: (1 to 3, B, slices, D) float32 -> as many (B, D) sums over the slices, rounded to dtypes, in one launch.
 
     Separate tensors, not views of one: outputs of a registered op must not alias. The order of the sum is fixed.
     """
     count, B, slices, D = partial.shape
-    sums = tuple(torch.empty((B, D), device=partial.device, dtype=torch.float32) for _ in range(count))
+    sums = tuple(torch.empty((B, D), device=partial.device, dtype=dtype) for dtype in dtypes)
     block_d = min(128, triton.next_power_of_2(D))
     block_s = min(16, triton.next_power_of_2(slices))
     grid = (triton.cdiv(D, block_d), B, count)
     _sum_slices_kernel[grid](
-        partial, sums[0], sums[1], sums[-1], slices, D=D, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4
+        partial, sums[0], sums[min(1, count - 1)], sums[-1], slices, D=D, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4
     )
     return sums

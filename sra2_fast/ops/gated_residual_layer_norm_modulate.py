@@ -128,16 +128,11 @@ def _bwd_triton(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, nee
     from ..kernels import gated_residual_layer_norm_modulate as kernels
 
     dx_new = dx_new if dx_new.dim() == 3 else None
-    dx, dbranch, dgate, dshift, dscale = kernels.gated_residual_layer_norm_modulate_bwd(
-        dx_new, dy, x_new, branch, gate, scale, mean, rstd
+    gradients = kernels.gated_residual_layer_norm_modulate_bwd(
+        dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation
     )
-    return (
-        dx if need_dx else x_new.new_empty(0),
-        dbranch if need_dbranch else branch.new_empty(0),
-        dgate.to(gate.dtype) if need_dgate else gate.new_empty(0),
-        dshift.to(scale.dtype) if need_modulation else scale.new_empty(0),
-        dscale.to(scale.dtype) if need_modulation else scale.new_empty(0),
-    )
+    likes = (x_new, branch, gate, scale, scale)
+    return tuple(like.new_empty(0) if g is None else g for g, like in zip(gradients, likes, strict=True))
 
 
 _kernels = backends.cuda_kernels()

@@ -105,10 +105,9 @@ def _fwd_triton(x, shift, scale, eps, bf16_out):
 def _bwd_triton(dy, x, scale, mean, rstd, need_dx, need_modulation):
     from ..kernels import layer_norm_modulate as kernels
 
-    dx, dshift, dscale = kernels.layer_norm_modulate_bwd(dy, x, scale, mean, rstd)
-    if not need_modulation:
-        dshift = dscale = scale.new_empty(0)
-    return dx if need_dx else x.new_empty(0), dshift.to(scale.dtype), dscale.to(scale.dtype)
+    gradients = kernels.layer_norm_modulate_bwd(dy, x, scale, mean, rstd, need_dx, need_modulation)
+    likes = (x, scale, scale)
+    return tuple(like.new_empty(0) if g is None else g for g, like in zip(gradients, likes, strict=True))
 
 
 _kernels = backends.cuda_kernels()

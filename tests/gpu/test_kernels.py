@@ -47,8 +47,8 @@ def test_layer_norm_modulate(device: torch.device, shape: tuple[int, int, int], 
         y, reference.forward(x.double(), shift.double(), scale.double(), EPS), types[1], ROUNDINGS[types[1]], D
     )
     assert_close(dx, want_dx, types[0], ROUNDINGS[types[0]], D, name="dx")
-    assert_close(dshift, want_dshift, F32, 1, N, dy.double().abs().sum(1), name="dshift")
-    assert_close(dscale, want_dscale, F32, ROUNDINGS[F32], N + D, terms.abs().sum(1), name="dscale")
+    assert_close(dshift, want_dshift, types[1], 1, N, dy.double().abs().sum(1), name="dshift")
+    assert_close(dscale, want_dscale, types[1], ROUNDINGS[types[1]], N + D, terms.abs().sum(1), name="dscale")
     again = plain.layer_norm_modulate_bwd(dy, x, scale, mean, rstd)
     assert all(torch.equal(a, b) for a, b in zip((dx, dshift, dscale), again, strict=True))
 
@@ -79,9 +79,9 @@ def test_gated_residual_layer_norm_modulate(
     scale_terms = dy.double() * reference.normalize(stored, EPS)[0]
     assert_close(dx, total, types[0], ROUNDINGS[types[0]], D, name="dx")
     assert_close(dbranch, gate.double()[:, None] * total, types[1], ROUNDINGS[types[1]], D, name="dbranch")
-    assert_close(dgate, terms.sum(1), F32, ROUNDINGS[F32], N + D, terms.abs().sum(1), name="dgate")
-    assert_close(dshift, want_dshift, F32, 1, N, dy.double().abs().sum(1), name="dshift")
-    assert_close(dscale, want_dscale, F32, ROUNDINGS[F32], N + D, scale_terms.abs().sum(1), name="dscale")
+    assert_close(dgate, terms.sum(1), types[1], ROUNDINGS[types[1]], N + D, terms.abs().sum(1), name="dgate")
+    assert_close(dshift, want_dshift, types[1], 1, N, dy.double().abs().sum(1), name="dshift")
+    assert_close(dscale, want_dscale, types[1], ROUNDINGS[types[1]], N + D, scale_terms.abs().sum(1), name="dscale")
     again = gated.gated_residual_layer_norm_modulate_bwd(*given)
     assert all(torch.equal(a, b) for a, b in zip((dx, dbranch, dgate, dshift, dscale), again, strict=True))
 

@@ -53,10 +53,10 @@ def tensors(shape: tuple[int, int, int], types: tuple[torch.dtype, ...]) -> dict
 
 def check_gradient_sums(dshift: torch.Tensor, dscale: torch.Tensor, dy: torch.Tensor, normalized: torch.Tensor) -> None:
     """Both against float64, relative to the sums of absolute terms over the N tokens."""
-    N = dy.shape[1]
+    N, dtype = dy.shape[1], dshift.dtype
     terms = dy.double() * normalized
-    assert_close(dshift, dy.double().sum(1), F32, 1, N, dy.double().abs().sum(1), name="dshift")
-    assert_close(dscale, terms.sum(1), F32, F32_ROUNDINGS, N + dy.shape[2], terms.abs().sum(1), name="dscale")
+    assert_close(dshift, dy.double().sum(1), dtype, 1, N, dy.double().abs().sum(1), name="dshift")
+    assert_close(dscale, terms.sum(1), dtype, roundings(dtype), N + dy.shape[2], terms.abs().sum(1), name="dscale")
 
 
 @pytest.mark.parametrize("types", TYPES[:3])
@@ -68,7 +68,7 @@ def test_layer_norm_modulate(shape: tuple[int, int, int], types: tuple[torch.dty
     with guarded_allocations():
         y, mean, rstd = plain.layer_norm_modulate_fwd(x, shift, scale, EPS, types[1])
         dx, dshift, dscale = plain.layer_norm_modulate_bwd(dy, x, scale, mean, rstd)
-    assert (y.dtype, dx.dtype, dshift.dtype, dscale.dtype) == (types[1], types[0], F32, F32)
+    assert (y.dtype, dx.dtype, dshift.dtype, dscale.dtype) == (types[1], types[0], types[2], types[2])
     want_y = reference.forward(x.double(), shift.double(), scale.double(), EPS)
     want_dx, _, _ = reference.backward(dy.double(), x.double(), scale.double(), EPS)
     normalized, want_rstd = reference.normalize(x.double(), EPS)
@@ -96,6 +96,7 @@ def test_gated_residual(shape: tuple[int, int, int], types: tuple[torch.dtype, .
             dx_new, dy, x_new, branch, gate, scale, mean, rstd
         )
     assert (x_new.dtype, y.dtype, dx.dtype, dbranch.dtype) == (types[0], types[1], types[0], types[1])
+    assert (dgate.dtype, dshift.dtype, dscale.dtype) == (types[2],) * 3
     want_x_new = x.double() + gate.double()[:, None] * branch.double()
     assert_close(x_new, want_x_new, types[0], 2 if types[0] == F32 else 1, name="x_new")
     # The norm is that of x_new as stored.
@@ -109,8 +110,36 @@ def test_gated_residual(shape: tuple[int, int, int], types: tuple[torch.dtype, .
     terms = branch.double() * total
     assert_close(dx, total, types[0], roundings(types[0]), D, name="dx")
     assert_close(dbranch, gate.double()[:, None] * total, types[1], roundings(types[1]), D, name="dbranch")
-    assert_close(dgate, terms.sum(1), F32, F32_ROUNDINGS, D + shape[1], terms.abs().sum(1), name="dgate")
+    in_sums = D + shape[1]
+    assert_close(dgate, terms.sum(1), types[2], roundings(types[2]), in_sums, terms.abs().sum(1), name="dgate")
     check_gradient_sums(dshift, dscale, dy, reference.normalize(stored, EPS)[0])
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_what_is_not_needed_is_none_and_the_rest_is_the_same(needs: tuple[bool, bool]) -> None:
+    given = tensors((2, 7, 100), TYPES[1])
+    _, mean, rstd = plain.layer_norm_modulate_fwd(given["x"], given["shift"], given["scale"], EPS, BF16)
+    arguments = given["dy"], given["x"], given["scale"], mean, rstd
+    check_same_or_none(plain.layer_norm_modulate_bwd, arguments, needs, (needs[0], needs[1], needs[1]))
+
+
+@pytest.mark.parametrize("has_dx_new", [True, False])
+@pytest.mark.parametrize("needs", [*([i == j for j in range(4)] for i in range(4)), [True, False, True, False]])
+def test_gated_what_is_not_needed_is_none_and_the_rest_is_the_same(needs: list[bool], has_dx_new: bool) -> None:
+    given = tensors((2, 7, 100), TYPES[2])
+    modulation = given["gate"], given["shift"], given["scale"]
+    x_new, _, mean, rstd = gated.gated_residual_layer_norm_modulate_fwd(
+        given["x"], given["branch"], *modulation, EPS, BF16
+    )
+    dx_new = given["dx_new"] if has_dx_new else None
+    arguments = dx_new, given["dy"], x_new, given["branch"], given["gate"], given["scale"], mean, rstd
+    check_same_or_none(gated.gated_residual_layer_norm_modulate_bwd, arguments, needs, (*needs, needs[3]))
+
+
+def check_same_or_none(backward, arguments, needs, wanted) -> None:
+    everything = backward(*arguments)
+    for got, want, needed in zip(backward(*arguments, *needs), everything, wanted, strict=True):
+        assert torch.equal(got, want) if needed else got is None
 
 
 def test_many_slices_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
