@@ -1,9 +1,9 @@
 """AdamWEMA against AdamW + clip_grad_norm_ + an EMA loop in PyTorch's ways, apex, and a copy of as many bytes.
 
-    pytest benchmarks/bench_adamw_ema.py [--bench-device cuda] [--bench-json FILE]
+    pytest benchmarks/bench_adamw_ema.py [--bench-device cuda] [--bench-json FILE] [--bench-slow]
 
 One step over the parameters of a registry model: 40 bytes an element (gradient read twice, weight, both moments and the
-average read and written).
+average read and written). --bench-slow adds the loop under `torch.compile`, which takes two minutes to compile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def public_loop(params: list[torch.nn.Parameter], **options: bool) -> Callable[[
     return step
 
 
-def test_adamw_ema(compare, bench_device):
+def test_adamw_ema(compare, bench_device, request):
     torch.manual_seed(0)
     model = SiT_models[MODELS[bench_device.type]](learn_sigma=False)
     shapes = [p.shape for p in model.parameters()]
@@ -57,6 +57,8 @@ def test_adamw_ema(compare, bench_device):
         "eager": public_loop(make(), foreach=True),
         "adamw-fused": public_loop(make(), fused=True),
     }
+    if request.config.getoption("--bench-slow"):
+        variants["compile"] = torch.compile(public_loop(make()))
     if bench_device.type == "cuda" and backends.has_apex():
         variants["apex"] = AdamWEMA(make(), lr=LR, ema_decay=DECAY, implementation="apex").step
 

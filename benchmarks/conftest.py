@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sra2_fast benchmarks")
     group.addoption("--bench-device", default="cpu", help="cpu or cuda")
     group.addoption("--bench-json", default=None, help="append one JSON line a variant to this file")
+    group.addoption("--bench-slow", action="store_true", help="also rivals that take minutes to compile")
     group.addoption("--bench-seconds", default=3.0, type=float, help="time for the counted rounds of one comparison")
 
 
