@@ -10,6 +10,7 @@ import torch
 from tolerance import assert_close
 
 from sra2_fast import SiT, SRA2Loss
+from sra2_fast.compat import repa
 from sra2_fast.errors import InputError, InputTypeError
 from sra2_fast.ops.interpolant import interpolant
 from sra2_fast.ops.patchify import patchify, unpatchify
@@ -286,8 +287,12 @@ def test_call_errors(batch, loss, change, message):
 def test_type_errors(batch):
     with pytest.raises(InputTypeError, match=r"latents must be float32 or bfloat16, got torch.float16"):
         SRA2Loss()(random_model(), **{**batch, "latents": batch["latents"].half()})
-    with pytest.raises(InputTypeError, match=r"model must be a sra2_fast.SiT, bare or wrapped, got Linear"):
+    not_ours = r"model must be a sra2_fast.SiT, bare or wrapped, got "
+    with pytest.raises(InputTypeError, match=not_ours + "torch.nn.modules.linear.Linear"):
         SRA2Loss()(torch.nn.Linear(2, 2), **batch)
+    public = repa.SiT(input_size=4, hidden_size=32, depth=1, num_heads=2, z_dims=[8], encoder_depth=1)
+    with pytest.raises(InputTypeError, match=not_ours + "sra2_fast.compat.repa.SiT"):
+        SRA2Loss(align=None)(public, **batch)
 
 
 def test_a_model_without_the_right_projector(batch):

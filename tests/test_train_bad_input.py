@@ -63,6 +63,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ),
         ({"align_depth": 3}, r"--align-depth must be a block from 1 to 2, the depth of --model 16,2,2,4, got 3"),
         ({"target": "teacher", "teacher_depth": 3}, r"--teacher-depth must be a block from 1 to 2, .* got 3"),
+        ({"vae": "/no/such/vae", "sample_every": 1}, r"vae: the data are grayscale pixels.*leave out /no/such/vae"),
         ({"data": "/no/such/folder"}, r"/no/such/folder does not exist"),
         ({"target": "features"}, r"--target features needs encoder features"),
         ({"resume": "/no/such/checkpoint"}, r"checkpoint /no/such/checkpoint: no state\.json there"),

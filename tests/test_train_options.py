@@ -93,6 +93,11 @@ def test_a_missing_file_is_named() -> None:
         (["--align-depth", "0"], r"--align-depth must be at least 1, got 0"),
         (["--align-schedule-steps", "0"], r"--align-schedule-steps must be at least 1, got 0"),
         (["--align-schedule", "stop"], r"--align-schedule stop needs --align-schedule-steps"),
+        (
+            ["--align-schedule-steps", "5"],
+            r"--align-schedule-steps is for --align-schedule linear or stop",
+        ),
+        (["--teacher-depth", "2"], r"--teacher-depth is for --target teacher, not vae"),
     ],
 )
 def test_a_value_out_of_range_names_its_option(words: list[str], message: str) -> None:

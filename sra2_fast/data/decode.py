@@ -29,6 +29,8 @@ def make_decoder(
     Raises InputError when it cannot be loaded or its latents have another number of channels.
     """
     if info.kind == "grayscale":
+        if vae is not None:
+            raise InputError(f"vae: the data are grayscale pixels, which need no autoencoder; leave out {vae}")
         return lambda z: _to_image(_unnormalise(z, info) * (255.0 / info.white))
     if vae is None:
         return lambda z: _to_image((z.float().cpu()[:, :3] / PREVIEW_RANGE + 1) * 127.5)

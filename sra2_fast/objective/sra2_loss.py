@@ -6,6 +6,8 @@ inside the model's forward, through `Terms`. Nothing here looks at a tensor's va
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any
 
@@ -199,6 +201,14 @@ def _unwrapped(model: Any) -> Any:
     inner = model
     while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
         inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    if not hasattr(inner, "class_dropout_prob"):
-        raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", type(inner).__name__)
+    if not _takes_loss_inputs(type(inner)):
+        name = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", name)
     return inner
+
+
+@functools.cache
+def _takes_loss_inputs(kind: type) -> bool:
+    """Of our SiT and what derives from it, but for the compat models, whose forward is that of their repository."""
+    forward = getattr(kind, "forward", None)
+    return callable(forward) and "loss_inputs" in inspect.signature(forward).parameters

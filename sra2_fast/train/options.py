@@ -142,6 +142,10 @@ class TrainOptions:
             )
         if self.align_schedule == "stop" and self.align_schedule_steps is None:
             raise InputError("train: --align-schedule stop needs --align-schedule-steps, the step it stops at")
+        if self.align_schedule == "constant" and self.align_schedule_steps is not None:
+            raise InputError("train: --align-schedule-steps is for --align-schedule linear or stop, not constant")
+        if self.target != "teacher" and self.teacher_depth is not None:
+            raise InputError(f"train: --teacher-depth is for --target teacher, not {self.target}")
 
 
 def shapes_run(name: str) -> bool:
