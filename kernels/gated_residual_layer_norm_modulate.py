@@ -336,7 +336,7 @@ def gated_residual_layer_norm_modulate_bwd(
             rstd,
             dx,
             dbranch,
-            partial if need_dgate else None,
+            partial[0] if need_dgate else None,
             partial[int(need_dgate) :] if need_modulation else None,
             N,
             slice_rows,
