@@ -43,6 +43,7 @@ class AdamWEMA(torch.optim.Optimizer):
         bfloat16 and float64), all on one device.
     lr, betas, eps, weight_decay: as in torch.optim.AdamW; floats. Per group; may change between steps.
     ema_decay: weight of the old average, in [0, 1], or None for no averaging. Per group; may change between steps.
+        A CUDA graph of a step replays with the numbers it was captured with.
     max_grad_norm: clip the norm over the gradients of all groups to this, or None.
     implementation: "fused" (the kernels; None means this), "eager" (PyTorch's own operators) or "apex" (the kernel of
         NVIDIA apex's FusedAdam, CUDA only; clip and average are PyTorch's).

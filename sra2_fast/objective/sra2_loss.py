@@ -6,7 +6,6 @@ inside the model's forward, through `Terms`. Nothing here looks at a tensor's va
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from typing import Any
@@ -207,7 +206,6 @@ def _unwrapped(model: Any) -> Any:
     return inner
 
 
-@functools.cache
 def _takes_loss_inputs(kind: type) -> bool:
     """Of our SiT and what derives from it, but for the compat models, whose forward is that of their repository."""
     forward = getattr(kind, "forward", None)

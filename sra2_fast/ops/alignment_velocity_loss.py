@@ -137,19 +137,17 @@ def alignment_velocity_loss(
     hidden, velocity_tokens = hidden.to(dtype).contiguous(), velocity_tokens.contiguous()
     trained = (hidden, weight, bias, velocity_tokens)
     if torch.is_grad_enabled() and any(one.requires_grad for one in trained):
-        return _AlignmentVelocityLoss.apply(*trained, *images, *settings)
+        return _AlignmentVelocityLoss.apply(*trained, (*images, *settings))
     weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
     return _fwd(hidden, weight, bias, velocity_tokens, *images, *settings)[:2]
 
 
 class _AlignmentVelocityLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+    def forward(ctx, hidden, weight, bias, velocity_tokens, others):
         w = weight.to(hidden.dtype).contiguous()
         b = bias.to(hidden.dtype).contiguous()
-        velocity, alignment, dvelocity, dp = _fwd(
-            hidden, w, b, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps
-        )
+        velocity, alignment, dvelocity, dp = _fwd(hidden, w, b, velocity_tokens, *others)
         need_dhidden, need_dweight, need_dbias, need_dvelocity = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             dp if need_dhidden or need_dweight or need_dbias else None,
@@ -176,36 +174,40 @@ class _AlignmentVelocityLoss(torch.autograd.Function):
             None if dweight is None or not needs[1] else dweight.to(ctx.dtypes[0]),
             None if dbias is None or not needs[2] else dbias.to(ctx.dtypes[1]),
             None if dvelocity is None else dvelocity * dvelocity_loss,
-            *[None] * 8,
+            None,
         )
 
 
+_LETTERS = {
+    "hidden": "(B, N, K)",
+    "weight": "(P, K)",
+    "bias": "(P,)",
+    "velocity_tokens": "(B, N, P)",
+    "latents": "(B, C, H, W)",
+    "noise": "(B, C, H, W)",
+    "t": "(B,)",
+}
+
+
 def _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
-    tensors = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "velocity_tokens": velocity_tokens,
-        "latents": latents,
-        "noise": noise,
-        "t": t,
-    }
-    for name, one in tensors.items():
+    tensors = (hidden, weight, bias, velocity_tokens, latents, noise, t)
+    for name, one in zip(_LETTERS, tensors, strict=True):
         if not isinstance(one, Tensor):
             raise must_have_type(_OP, name, "a tensor", type(one).__name__)
-        only_float32 = name in ("latents", "noise")
-        if one.dtype not in ((torch.float32,) if only_float32 else (torch.float32, torch.bfloat16)):
-            expected = "float32" if only_float32 else "float32 or bfloat16"
+        is_image = one is latents or one is noise
+        if one.dtype != torch.float32 and (is_image or one.dtype != torch.bfloat16):
+            expected = "float32" if is_image else "float32 or bfloat16"
             raise must_have_type(_OP, name, f"{expected} ({_WAY_OUT} other floats)", one.dtype)
         if one.device != hidden.device:
             raise must_be(_OP, name, f"on {hidden.device} like hidden", one.device)
-    for name, word, words in (("path", path, PATHS), ("align", align, ALIGNMENTS)):
-        if word not in words:
-            raise must_be(_OP, name, " or ".join(words), repr(word))
-    for name, number in (("beta", beta), ("eps", eps)):
-        if not number > 0:
-            raise must_be(_OP, name, "positive", number)
-    if hidden.dim() != 3 or hidden.shape[1] < 1 or hidden.shape[2] < 1:
+    if path not in PATHS:
+        raise must_be(_OP, "path", " or ".join(PATHS), repr(path))
+    if align not in ALIGNMENTS:
+        raise must_be(_OP, "align", " or ".join(ALIGNMENTS), repr(align))
+    if not (beta > 0 and eps > 0):
+        name, number = ("eps", eps) if beta > 0 else ("beta", beta)
+        raise must_be(_OP, name, "positive", number)
+    if hidden.dim() != 3 or 0 in hidden.shape[1:]:
         raise must_be(_OP, "hidden", "(B, N, K), N and K at least 1", tuple(hidden.shape))
     if latents.dim() != 4:
         raise must_be(_OP, "latents", "(B, C, H, W)", tuple(latents.shape))
@@ -217,17 +219,11 @@ def _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size,
         raise must_be(_OP, "patch_size", expected, f"{patch_size} with C = {C}")
     if H % patch_size or W % patch_size or (H // patch_size) * (W // patch_size) != N:
         raise must_be(_OP, "latents", f"(B, C, H, W) of N = {N} patches of {patch_size}", tuple(latents.shape))
-    shapes = {
-        "weight": ("(P, K)", (P, K)),
-        "bias": ("(P,)", (P,)),
-        "velocity_tokens": ("(B, N, P)", (B, N, P)),
-        "latents": ("(B, C, H, W)", (B, C, H, W)),
-        "noise": ("(B, C, H, W)", (B, C, H, W)),
-        "t": ("(B,)", (B,)),
-    }
-    for name, (letters, shape) in shapes.items():
-        if tensors[name].shape != shape:
-            raise must_be(_OP, name, f"{letters} = {shape}", tuple(tensors[name].shape))
+    image = (B, C, H, W)
+    shapes = (hidden.shape, (P, K), (P,), (B, N, P), image, image, (B,))
+    for (name, letters), one, shape in zip(_LETTERS.items(), tensors, shapes, strict=True):
+        if one.shape != shape:
+            raise must_be(_OP, name, f"{letters} = {shape}", tuple(one.shape))
     if torch.is_grad_enabled() and (latents.requires_grad or noise.requires_grad or t.requires_grad):
         name = "latents" if latents.requires_grad else "noise" if noise.requires_grad else "t"
         raise InputError(f"{_OP}: {name} must not require a gradient ({_WAY_OUT} one that does)")
