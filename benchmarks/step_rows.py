@@ -19,6 +19,7 @@ from torch import nn
 
 from sra2_fast import SiT, SiT_models, SRA2Loss
 from sra2_fast.errors import InputError, must_be
+from sra2_fast.train.allocator import keep_freed_memory
 
 ROWS = ("baseline", "sra2-cosine", "sra2-smooth-l1", "sra", "repa")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -155,6 +156,8 @@ class TrainingStep:
         self.flops_per_image = training_flops(sit_forward_flops(self.sit.config()) + head_flops, frozen_flops)
         self.batches = make_batches(setting, self.sit.config(), with_images=row == "repa")
         self.steps_taken = 0
+        if setting.device.type == "cpu":
+            keep_freed_memory()  # as sra2-fast train does; it helps every row and implementation
         self.model: nn.Module = self.sit
         self.teacher: nn.Module | None = None
         self.encode: Callable[[torch.Tensor], torch.Tensor] | None = self.encoder

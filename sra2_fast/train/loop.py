@@ -23,6 +23,7 @@ from ..data import Batch, LatentSource, make_loader, open_data
 from ..data.decode import make_decoder
 from ..objective import LossOutput
 from . import build
+from .allocator import keep_freed_memory
 from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
 from .grid import SampleGrid, can_write_png, write_png
 from .interrupt import Interrupt
@@ -47,6 +48,8 @@ def train(options: TrainOptions) -> TrainResult:
     Raises InputError for bad input, NonFiniteLoss when a loss or the gradient is not finite.
     """
     options = build.resolve(options)
+    if options.device == "cpu":
+        keep_freed_memory()
     source = open_data(options.data, options.num_classes)
     directory = RunDirectory(options.out)
     try:
