@@ -50,7 +50,7 @@ int32_t sra2_alignment_velocity_loss_bwd_cpu(const sra2_loss_bwd* args, sra2_par
   const LossKernels& kernels = loss_kernels();
   int32_t error = 0;
   if (a.dhidden) {
-    const bool past = goes_past(a.dhidden, a.rows, a.K * (a.dtype == SRA2_BF16 ? 2 : 4));
+    const bool past = goes_past(a.dhidden, a.rows, a.K, a.dtype);
     error = parallel_for(parallel, a.rows, grain(a.K * a.P), [&](int64_t begin, int64_t end) {
       kernels.dhidden(a, begin, end, past);
     });

@@ -67,7 +67,8 @@ struct Pieces {
 };
 
 // Whether rows are better stored past the caches (vec.h): they are more than a core keeps, and aligned. Null data is.
-inline bool goes_past(const void* data, int64_t rows, int64_t row_bytes) {
+inline bool goes_past(const void* data, int64_t rows, int64_t columns, int32_t dtype) {
+  const int64_t row_bytes = columns * (dtype == SRA2_BF16 ? 2 : 4);
   return !data ||
          (rows * row_bytes >= (1 << 20) && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0);
 }

@@ -14,7 +14,7 @@ static int64_t grain(const NormArgs& a, const Pieces& pieces) {
 }
 
 static bool is_past(const NormArgs& a, const sra2_rows& out) {
-  return goes_past(out.data, a.shape.B * a.shape.N, a.shape.D * (out.dtype == SRA2_BF16 ? 2 : 4));
+  return goes_past(out.data, a.shape.B * a.shape.N, a.shape.D, out.dtype);
 }
 
 int32_t norm_fwd(NormArgs a, sra2_parallel parallel) {

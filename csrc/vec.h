@@ -118,28 +118,6 @@ SRA2_INLINE void load(const bf16* p, V& a, V& b) {
     b = (V)(__builtin_convertvector(get<H>(p + W), U) << 16);
   }
 }
-template <bool PAIRS>
-SRA2_INLINE void store(float* p, V a, V b) {
-  if constexpr (PAIRS) {
-    for (int i = 0; i < W; ++i) {
-      p[2 * i] = a[i];
-      p[2 * i + 1] = b[i];
-    }
-  } else {
-    put(p, a);
-    put(p + W, b);
-  }
-}
-template <bool PAIRS>
-SRA2_INLINE void store(bf16* p, V a, V b) {
-  if constexpr (PAIRS) {
-    put(p, (round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u));
-  } else {
-    put(p, __builtin_convertvector(round_bits(a) >> 16, H));
-    put(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
-  }
-}
-
 // Stores past the caches, for rows larger than they are: a plain store first reads the line that it overwrites.
 // p must be aligned to the vector; fence() before another thread looks.
 SRA2_INLINE void put_past(void* p, V v) {
@@ -169,22 +147,34 @@ SRA2_INLINE void fence() {
   _mm_sfence();
 #endif
 }
-template <bool PAIRS>
-SRA2_INLINE void store_past(float* p, V a, V b) {
+template <bool PAST, class T>
+SRA2_INLINE void place(void* p, T v) {
+  if constexpr (PAST)
+    put_past(p, v);
+  else
+    put(p, v);
+}
+
+// STEP elements.
+template <bool PAIRS, bool PAST = false>
+SRA2_INLINE void store(float* p, V a, V b) {
   if constexpr (PAIRS) {
-    store<PAIRS>(p, a, b);
+    for (int i = 0; i < W; ++i) {
+      p[2 * i] = a[i];
+      p[2 * i + 1] = b[i];
+    }
   } else {
-    put_past(p, a);
-    put_past(p + W, b);
+    place<PAST>(p, a);
+    place<PAST>(p + W, b);
   }
 }
-template <bool PAIRS>
-SRA2_INLINE void store_past(bf16* p, V a, V b) {
+template <bool PAIRS, bool PAST = false>
+SRA2_INLINE void store(bf16* p, V a, V b) {
   if constexpr (PAIRS) {
-    put_past(p, (V)((round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u)));
+    place<PAST>(p, (V)((round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u)));
   } else {
-    put_past(p, __builtin_convertvector(round_bits(a) >> 16, H));
-    put_past(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
+    place<PAST>(p, __builtin_convertvector(round_bits(a) >> 16, H));
+    place<PAST>(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
   }
 }
 
@@ -214,18 +204,13 @@ SRA2_INLINE void load(const T* p, int64_t n, V& a, V& b) {
     load_some<PAIRS>(p, n, a, b);
 }
 template <bool PAIRS, bool FULL, class T>
-SRA2_INLINE void store(T* p, int64_t n, V a, V b) {
-  if constexpr (FULL)
-    store<PAIRS>(p, a, b);
-  else
+SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool past = false) {
+  if constexpr (!FULL)
     store_some<PAIRS>(p, n, a, b);
-}
-template <bool PAIRS, bool FULL, class T>
-SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool past) {
-  if constexpr (FULL) {
-    if (past) return store_past<PAIRS>(p, a, b);
-  }
-  store<PAIRS, FULL>(p, n, a, b);
+  else if (past)
+    store<PAIRS, true>(p, a, b);
+  else
+    store<PAIRS>(p, a, b);
 }
 
 // n elements from cache to where store() would put them.
