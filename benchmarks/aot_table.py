@@ -18,7 +18,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from timing import append_json_line, commit, versions  # noqa: E402  (found on the path set just above)
+from lib.timing import append_json_line, commit, versions  # noqa: E402  (found on the path set just above)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTHS = {"SiT-S": 384, "SiT-B": 768, "SiT-L": 1024, "SiT-XL": 1152}
@@ -144,7 +144,7 @@ def records(case: Case, arch: int) -> list[dict[str, object]]:
 
     floor_bytes: what the call must move. call_bytes: what all its launches move, each tensor of a launch counted once.
     """
-    from aot_compile import compile_only, inspect
+    from lib.aot_compile import compile_only, inspect
 
     with compile_only(arch) as launches:
         read, written = case.run()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from op_bench import OpCase
+from lib.op_bench import OpCase
 
 from sra2_fast import SiT_models, backends
 from sra2_fast.optim import AdamWEMA

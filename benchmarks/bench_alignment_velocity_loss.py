@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_bench import OpCase, compiled, passes
+from lib.op_bench import OpCase, compiled, passes
 
 from sra2_fast.ops.alignment_velocity_loss import alignment_velocity_loss, eager
 from sra2_fast.reference import alignment_velocity_loss as reference

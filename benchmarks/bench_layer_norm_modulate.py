@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_bench import OpCase, compiled, passes
-from peers import liger_layer_norm_modulate
+from lib.op_bench import OpCase, compiled, passes
+from lib.peers import liger_layer_norm_modulate
 
 from sra2_fast.ops.layer_norm_modulate import eager, layer_norm_modulate
 from sra2_fast.reference import layer_norm_modulate as reference

@@ -11,7 +11,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from op_bench import Comparison, OpCase, compare_variants  # noqa: E402  (found on the path set just above)
+from lib.op_bench import Comparison, OpCase, compare_variants  # noqa: E402  (found on the path set just above)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,9 +12,9 @@ import argparse
 import sys
 
 import torch
-from step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
+from lib.step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
+from lib.timing import append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
 from step_time import chosen_implementation, keeping_loss, prepared
-from timing import append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
 
 from sra2_fast import backends
 from sra2_fast.errors import InputError, must_be

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import peers
 import torch
+from lib import peers
+from lib.timing import ROOT, append_json_line, environment
 from peak import copy_bytes_per_s, product_flop_per_s
-from timing import ROOT, append_json_line, environment
 from tqdm import tqdm
 
 from sra2_fast import backends

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import device_name, interleave
+from lib.timing import device_name, interleave
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from energy import EnergyMeter
+from lib.energy import EnergyMeter
+from lib.step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
+from lib.timing import Timing, append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
 from peak import product_flop_per_s
-from step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
-from timing import Timing, append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
 from tqdm import tqdm
 
 from sra2_fast import backends

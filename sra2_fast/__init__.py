@@ -15,25 +15,25 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):  # a checkout: sra
 __version__ = "0.1.0"
 
 _HOME = {
-    "SiT": "model",
-    "SiT_models": "model",
+    "SiT": "models",
+    "SiT_models": "models",
     "SRA2Loss": "objective",
     "LossOutput": "objective",
     "status": "backends",
-    "sample_ode": "sample",
-    "sample_sde": "sample",
+    "sample_ode": "sampling",
+    "sample_sde": "sampling",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if _TYPE_CHECKING:
     from .backends import status as status
-    from .model import SiT as SiT
-    from .model import SiT_models as SiT_models
+    from .models import SiT as SiT
+    from .models import SiT_models as SiT_models
     from .objective import LossOutput as LossOutput
     from .objective import SRA2Loss as SRA2Loss
-    from .sample import sample_ode as sample_ode
-    from .sample import sample_sde as sample_sde
+    from .sampling import sample_ode as sample_ode
+    from .sampling import sample_sde as sample_sde
 
 
 def __getattr__(name: str) -> object:

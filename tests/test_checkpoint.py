@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from sra2_fast import checkpoint as ck
+from sra2_fast.checkpoints import training as ck
 from sra2_fast.errors import InputError
 from sra2_fast.optim import AdamWEMA
 
@@ -166,7 +166,7 @@ def test_a_file_that_the_system_cuts_short_is_noticed(saved: Path) -> None:
     before = tree_bytes(saved.parent)
     script = (
         "import sys, torch\n"
-        "from sra2_fast.checkpoint import save_checkpoint\n"
+        "from sra2_fast.checkpoints import save_checkpoint\n"
         "from sra2_fast.errors import InputError\n"
         "try:\n"
         "    save_checkpoint(sys.argv[1], 60, model={'w': torch.ones(100_000)}, state={})\n"

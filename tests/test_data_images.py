@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sra2_fast.data.images import center_crop
+from sra2_fast.prepare.images import center_crop
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sra2_fast.data import Batch, LatentSource, make_loader, open_data
-from sra2_fast.data.decode import make_decoder
 from sra2_fast.data.shuffle import WINDOW_BLOCKS, EndlessShuffle
 from sra2_fast.data.source import DecodeInfo
 from sra2_fast.errors import InputError
 from sra2_fast.randomness import Stream, normal, uniform
+from sra2_fast.vae.decode import make_decoder
 
 
 class Posterior(LatentSource):

@@ -16,12 +16,12 @@ from tolerance import assert_close
 
 from sra2_fast import prepare
 from sra2_fast.cli import main
-from sra2_fast.data import encode as encode_module
 from sra2_fast.data import make_loader, open_data
-from sra2_fast.data.decode import make_decoder
-from sra2_fast.data.images import center_crop, list_images
-from sra2_fast.data.shards import ShardSource
+from sra2_fast.data.layouts.shards import ShardSource
 from sra2_fast.errors import InputError
+from sra2_fast.prepare import encode as encode_module
+from sra2_fast.prepare.images import center_crop, list_images
+from sra2_fast.vae.decode import make_decoder
 
 Image = pytest.importorskip("PIL.Image")
 diffusers = pytest.importorskip("diffusers")

@@ -12,9 +12,9 @@ import pytest
 from photos import command, contents, refused
 
 from sra2_fast.cli import main
-from sra2_fast.data import encode as encode_module
 from sra2_fast.data import open_data
-from sra2_fast.data import vae as vae_module
+from sra2_fast.prepare import encode as encode_module
+from sra2_fast.vae import autoencoder as vae_module
 
 pytest.importorskip("PIL.Image")
 diffusers = pytest.importorskip("diffusers")

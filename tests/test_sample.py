@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sra2_fast.errors import InputError
-from sra2_fast.sample import sample_ode, sample_sde, score_from_velocity
+from sra2_fast.sampling.samplers import sample_ode, sample_sde, score_from_velocity
 
 MEAN, STD = 0.7, 0.5
 

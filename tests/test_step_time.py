@@ -14,13 +14,12 @@ from sra2_fast import SiT, SiT_models
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import counting
 import fused_speedup
 import plot
-import step_rows
 import step_time
-from step_rows import ROWS, Setting, TrainingStep
-from timing import Timing
+from lib import counting, step_rows
+from lib.step_rows import ROWS, Setting, TrainingStep
+from lib.timing import Timing
 
 TINY = ["--model", "32,2,2,8", "--batch-size", "2", "--steps", "2"]
 EAGER = [*TINY, "--implementation", "eager", "--device", "cpu", "--precision", "fp32"]
@@ -68,7 +67,7 @@ def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """REPA's encoder two blocks deep: 86 M parameters are for the benchmark, not for its test."""
-    import dinov2
+    from lib import dinov2
 
     monkeypatch.setattr(dinov2, "DEPTH", 2)
 
@@ -298,7 +297,7 @@ def test_flops_are_those_of_torchs_own_counter(qkv: tuple[int, int, int, int]) -
 
 
 def test_flops_of_the_encoder_are_those_of_torchs_own_counter(small_encoder: None) -> None:
-    from dinov2 import DINOv2Encoder
+    from lib.dinov2 import DINOv2Encoder
 
     encoder = DINOv2Encoder(grid=3)
     images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)

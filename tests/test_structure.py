@@ -18,18 +18,19 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (DESIGN section 5
     "reference": set(),
     "ops": {"reference", "kernels"},
     "layers": {"ops"},
-    "objective": {"ops"},
+    "models": {"layers", "ops"},
+    "objective": {"models", "ops"},
     "optim": {"ops"},
-    "model": {"layers", "ops"},
-    "compat": {"model", "layers", "ops"},
+    "compat": {"models", "layers", "ops"},
     "randomness": set(),
     "data": {"randomness"},
-    "prepare": {"data"},
-    "sample": {"ops", "model"},
-    "checkpoint": set(),
-    "train": {"checkpoint", "data", "model", "objective", "optim", "randomness", "sample", "layers"},
-    "cli": {"info", "prepare", "train", "sample"},
-    "__init__": {"model", "objective", "sample", "optim", "data", "compat", "ops"},
+    "vae": {"data"},
+    "prepare": {"data", "randomness", "vae"},
+    "sampling": {"ops", "models"},
+    "checkpoints": set(),
+    "train": {"checkpoints", "data", "layers", "models", "objective", "optim", "randomness", "sampling", "vae"},
+    "cli": {"info", "prepare", "train"},
+    "__init__": {"models", "objective", "sampling", "optim", "data", "compat", "ops"},
 }
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema")
 MAX_LINES = 400
@@ -95,9 +96,9 @@ def test_kernels_know_triton_and_torch_only():
 
 def test_the_check_of_imports_can_fail(tmp_path, monkeypatch):
     (tmp_path / "sra2_fast" / "ops").mkdir(parents=True)
-    (tmp_path / "sra2_fast" / "ops" / "bad.py").write_text("def f():\n    from ..model import SiT\n")
+    (tmp_path / "sra2_fast" / "ops" / "bad.py").write_text("def f():\n    from ..models import SiT\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert imported_rooms("sra2_fast/ops/bad.py") == {"model"}
+    assert imported_rooms("sra2_fast/ops/bad.py") == {"models"}
 
 
 @pytest.mark.parametrize("op", OPS)

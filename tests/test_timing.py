@@ -17,9 +17,7 @@ from sra2_fast.ops.layer_norm_modulate import eager as norm_eager
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import op_bench
-import peers
-import timing
+from lib import op_bench, peers, timing
 
 
 def test_interleave_calls_variants_in_turn_and_counts_only_rounds_after_the_warmup() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sra2_fast.checkpoint import load_checkpoint
+from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.data import open_data
 from sra2_fast.errors import InputError
 from sra2_fast.train import TrainOptions, build, loop
@@ -378,7 +378,8 @@ def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(
     def full_later(folder: Path, step: int, **parts: Any) -> Path:
         if step > 10:
             monkeypatch.setattr(
-                "sra2_fast.checkpoint._fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left"))
+                "sra2_fast.checkpoints.training._fsync",
+                lambda path: (_ for _ in ()).throw(OSError(28, "No space left")),
             )
         return real(folder, step, **parts)
 

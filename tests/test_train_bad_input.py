@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sra2_fast.checkpoint import save_checkpoint
+from sra2_fast.checkpoints import save_checkpoint
 from sra2_fast.data import LatentSource
-from sra2_fast.data.digits import DigitsSource
+from sra2_fast.data.layouts.digits import DigitsSource
 from sra2_fast.errors import InputError
 from sra2_fast.train import TrainOptions, build, loop
 from sra2_fast.train.loop import train

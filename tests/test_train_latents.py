@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from photos import SIZE
 
-from sra2_fast.checkpoint import load_checkpoint
+from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.cli import main
 
 Image = pytest.importorskip("PIL.Image")

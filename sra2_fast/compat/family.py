@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, must_be, must_have_type
-from ..model import SIZES, SiT
+from ..models.sit import SIZES, SiT
 from ..ops.patchify import unpatchify
 
 DECODER_HIDDEN_SIZE = 768  # the repositories' default, taken as "not given"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from .digits import DigitsSource
-from .shards import ShardSource, is_shards
+from .layouts.digits import DigitsSource
+from .layouts.shards import ShardSource, is_shards
+from .layouts.vae_sd import VaeSdSource, is_vae_sd
 from .source import LatentSource
-from .vae_sd import VaeSdSource, is_vae_sd
 
 
 class Layout(NamedTuple):

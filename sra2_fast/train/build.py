@@ -11,7 +11,7 @@ import torch
 from .. import backends
 from ..data import LatentSource
 from ..errors import InputError, must_be
-from ..model import SiT, SiT_models
+from ..models import SiT, SiT_models
 from ..objective import SRA2Loss
 from ..objective.sra2_loss import DEFAULT_WEIGHT
 from ..optim import AdamWEMA

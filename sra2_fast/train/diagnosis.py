@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import SiT
+from ..models import SiT
 
 TERMS = ("velocity", "align", "gradient")
 

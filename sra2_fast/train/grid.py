@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..model import SiT
+from ..models import SiT
 from ..randomness import sampling_noise
-from ..sample import sample_ode
+from ..sampling import sample_ode
 
 MAX_COLUMNS = 10
 ROWS = 4

@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
+from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
-from ..data.decode import make_decoder
 from ..objective import LossOutput
+from ..vae.decode import make_decoder
 from . import build
 from .allocator import keep_freed_memory
 from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations

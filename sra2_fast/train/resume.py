@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..checkpoint import Checkpoint, checkpoint_name, load_checkpoint
+from ..checkpoints import Checkpoint, checkpoint_name, load_checkpoint
 from ..data import LatentSource
 from ..errors import InputError
 from .options import TrainOptions, shapes_run

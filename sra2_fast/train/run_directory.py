@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from ..checkpoint import list_checkpoints, remove_partial_checkpoints
+from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
 
 

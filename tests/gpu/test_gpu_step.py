@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import step_time
 import torch
-from step_rows import Setting, TrainingStep, fill_zeros
+from lib.step_rows import Setting, TrainingStep, fill_zeros
 
 from sra2_fast import SiT, SRA2Loss
 

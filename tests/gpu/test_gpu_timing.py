@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 
-import energy
-import op_bench
 import pytest
-import timing
 import torch
 import torch.nn.functional as F
+from lib import energy, op_bench, timing
 
 
 def test_events_time_the_device_and_not_the_launch(device: torch.device) -> None:

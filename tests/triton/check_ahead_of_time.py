@@ -13,8 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import aot_compile
 import aot_table
+from lib import aot_compile
 
 ARCH = int(os.environ["SRA2_FAST_ARCH"])
 # All model widths where it matters most, the widest on the older chip.

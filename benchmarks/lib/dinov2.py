@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from counting import vit_forward_flops
 from torch import nn
 
 from sra2_fast.errors import InputError
+
+from .counting import vit_forward_flops
 
 HIDDEN_SIZE, DEPTH, HEADS, MLP_RATIO, PATCH_SIZE = 768, 12, 12, 4, 14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 L2_BYTES_IF_UNKNOWN = 64 << 20
 PROFILER_CHATTER = (b"USDT:", b"Memory block of unknown size")
 

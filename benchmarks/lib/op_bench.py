@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from timing import (
+
+from .timing import (
     Timing,
     append_json_line,
     capture_stream,

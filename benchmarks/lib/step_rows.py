@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from counting import count_parameters, projector_forward_flops, sit_forward_flops, training_flops
 from torch import nn
 
 from sra2_fast import SiT, SiT_models, SRA2Loss
 from sra2_fast.errors import InputError, must_be
 from sra2_fast.train.allocator import keep_freed_memory
+
+from .counting import count_parameters, projector_forward_flops, sit_forward_flops, training_flops
 
 ROWS = ("baseline", "sra2-cosine", "sra2-smooth-l1", "sra", "repa")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -140,7 +141,7 @@ class TrainingStep:
             self.loss_fn = SRA2Loss(target="teacher", teacher_depth=teacher_depth)
             frozen_flops = sit_forward_flops(plain.config(), stop_at_block=teacher_depth)
         elif row == "repa":
-            from dinov2 import HIDDEN_SIZE, DINOv2Encoder
+            from .dinov2 import HIDDEN_SIZE, DINOv2Encoder
 
             with setting.device:
                 self.encoder = DINOv2Encoder(grid)

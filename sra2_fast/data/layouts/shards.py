@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .files import write_whole
-from .source import LatentSource
+from ...errors import InputError
+from ..files import write_whole
+from ..source import LatentSource
 
 INDEX_FILE = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"

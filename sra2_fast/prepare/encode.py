@@ -15,13 +15,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.files import write_whole
+from ..data.layouts.shards import Shard, shard_name, write_shard
+from ..data.loader import ignore_interrupts
 from ..errors import InputError
 from ..randomness import Stream, generator
-from .files import write_whole
+from ..vae.autoencoder import downsample_factor, encode, normalisation
 from .images import Chunk, ImageChunks, ImageList
-from .loader import ignore_interrupts
-from .shards import Shard, shard_name, write_shard
-from .vae import downsample_factor, encode, normalisation
 
 UNREADABLE_FILE = "unreadable.txt"
 MAX_NAMED = 3

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 FORMAT = 1
 STATE_FILE = "state.json"

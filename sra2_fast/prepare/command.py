@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, must_be
+from ..errors import InputError, must_be
 
 if TYPE_CHECKING:
-    from .data.encode import EncodeOptions
-    from .data.images import ImageList
-    from .data.shards import Shard, ShardSource
+    from ..data.layouts.shards import Shard, ShardSource
+    from .encode import EncodeOptions
+    from .images import ImageList
 
 PLAN_FILE = "prepare.json"
 MAX_WORKERS = 8
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing in --out. 0 when it is whole, 130 after Ctrl-C; raises InputError for bad input."""
-    from .data.shards import ShardSource
+    from ..data.layouts.shards import ShardSource
 
     out = Path(args.out)
     if args.verify:
@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, out: Path) -> int:
-    from .data.encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
-    from .data.files import make_folder
-    from .data.images import list_images
-    from .data.shards import INDEX_FILE, ShardSource, finished_shard
-    from .data.vae import load_vae
+    from ..data.files import make_folder
+    from ..data.layouts.shards import INDEX_FILE, ShardSource, finished_shard
+    from ..vae.autoencoder import load_vae
+    from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
+    from .images import list_images
 
     _check_options(args)
     images = list_images(Path(args.images))
@@ -106,10 +106,10 @@ def _finish(
     out: Path, shards: list[Shard], images: ImageList, vae: Any, options: EncodeOptions, shape: tuple[int, int, int]
 ) -> None:
     """Say what was left out, remove shards of an earlier list of images, and write the index."""
-    from .data.encode import UNREADABLE_FILE, name_some
-    from .data.files import write_whole
-    from .data.shards import SHARD_PATTERN, write_index
-    from .data.vae import normalisation
+    from ..data.files import write_whole
+    from ..data.layouts.shards import SHARD_PATTERN, write_index
+    from ..vae.autoencoder import normalisation
+    from .encode import UNREADABLE_FILE, name_some
 
     unreadable = [name for shard in shards for name in shard.unreadable]
     (out / UNREADABLE_FILE).unlink(missing_ok=True)
@@ -141,8 +141,8 @@ def _keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
 
     As long as it is not finished the list of images may change (unreadable ones get removed); afterwards not.
     """
-    from .data.files import write_whole
-    from .data.shards import INDEX_FILE, is_shards
+    from ..data.files import write_whole
+    from ..data.layouts.shards import INDEX_FILE, is_shards
 
     path = out / PLAN_FILE
     listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
@@ -196,9 +196,3 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[str, str]:
 def _summary(source: ShardSource) -> str:
     shape = "x".join(str(size) for size in source.shape)
     return f"{source.num_samples} latents of {shape}, {source.num_classes} classes, {len(source.shards)} shards"
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import InputError
-from .source import DecodeInfo, LatentSource
+from ...errors import InputError
+from ..source import DecodeInfo, LatentSource
 
 WHITE = 16.0
 

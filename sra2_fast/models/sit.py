@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError, must_be
-from .layers.block import Edge, FinalLayer, SiTBlock
-from .layers.checks import check_arguments, check_guidance, check_inputs, check_spellings
-from .layers.conditioning import LabelEmbedder, TimestepEmbedder
-from .layers.patch_embedding import PatchEmbed, sincos_positions
-from .layers.projector import build_projector
-from .ops.patchify import unpatchify
+from ..errors import InputError, must_be
+from ..layers.block import Edge, FinalLayer, SiTBlock
+from ..layers.checks import check_arguments, check_guidance, check_inputs, check_spellings
+from ..layers.conditioning import LabelEmbedder, TimestepEmbedder
+from ..layers.patch_embedding import PatchEmbed, sincos_positions
+from ..layers.projector import build_projector
+from ..ops.patchify import unpatchify
 
 
 class LossInputs(Protocol):

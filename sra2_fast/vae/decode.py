@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..data.source import DecodeInfo
 from ..errors import InputError
-from . import vae as vae_module
-from .source import DecodeInfo
+from . import autoencoder
 
 PREVIEW_RANGE = 3.0  # normalised latents have about unit variance
 DECODE_BATCH = 8  # an SD-VAE decoder takes about 0.5 GB an image of 256x256 in float32
@@ -34,8 +34,8 @@ def make_decoder(
         return lambda z: _to_image(_unnormalise(z, info) * (255.0 / info.white))
     if vae is None:
         return lambda z: _to_image((z.float().cpu()[:, :3] / PREVIEW_RANGE + 1) * 127.5)
-    model = vae_module.load_vae(vae, device)
-    channels = vae_module.normalisation(model).channels
+    model = autoencoder.load_vae(vae, device)
+    channels = autoencoder.normalisation(model).channels
     if channels != len(info.scale):
         raise InputError(
             f"vae: {vae} has {channels} latent channels, the data {len(info.scale)}; give the VAE it was made with"
@@ -43,7 +43,7 @@ def make_decoder(
 
     def decode(z: torch.Tensor) -> np.ndarray:
         values = _unnormalise(z, info)
-        return _to_image(torch.cat([vae_module.decode(model, part) for part in values.split(DECODE_BATCH)]))
+        return _to_image(torch.cat([autoencoder.decode(model, part) for part in values.split(DECODE_BATCH)]))
 
     return decode
 

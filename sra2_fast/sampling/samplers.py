@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, must_be
+from ..errors import InputError, must_be
 
 Velocity = Callable[[Tensor, float, float], Tensor]
 METHODS = ("euler", "heun", "dopri5")

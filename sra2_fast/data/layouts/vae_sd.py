@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .source import LatentSource
+from ...errors import InputError
+from ..source import LatentSource
 
 SD_SCALING_FACTOR = 0.18215
 FOLDER = "vae-sd"
