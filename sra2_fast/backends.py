@@ -1,4 +1,4 @@
-"""Which device and which backends there are, and why one is missing.
+"""Which device and which backends there are, why one is missing, and which of them runs an op.
 
 Every question about the machine is asked here, once: the answers are cached, so a backend does not appear or vanish
 while a program runs. The compiled extension is loaded when an op is first imported, not at `import sra2_fast`.
@@ -14,7 +14,7 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +22,45 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).resolve().parent
 _OLDEST_TORCH = (2, 10)
 
+# What can run each op on each kind of device, the best first; PyTorch's own operators run what is left.
+PYTORCH = "pytorch"
+_NORM = {"cpu": ("c++",), "cuda": ("triton", "cuda c++")}
+CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
+    "layer_norm_modulate": _NORM,
+    "gated_residual_layer_norm_modulate": _NORM,
+    "alignment_velocity_loss": {"cpu": ("c++",), "cuda": ("triton",)},
+    "adamw_ema": {"cpu": ("c++",), "cuda": ("triton",)},
+    "attention": {"cpu": (), "cuda": ("flash-attn",)},
+}
+
+
+class Choice(NamedTuple):
+    """The backend that runs an op on a kind of device, and in words why no better one does ("" for the best)."""
+
+    backend: str
+    why_not_better: str
+
+
+@functools.cache
+def choose(op: str, device_type: str) -> Choice:
+    """Which implementation runs `op` on "cpu" or "cuda" devices, and why not a better one."""
+    reasons: list[str] = []
+    for backend in CANDIDATES[op].get(device_type, ()):
+        why = _why_not(backend)
+        if why is None:
+            return Choice(backend, "; ".join(reasons))
+        reasons.append(f"{backend}: {why}")
+    return Choice(PYTORCH, "; ".join(reasons))
+
+
+def fused_devices(op: str) -> frozenset[str]:
+    """The kinds of device on which `op` has a kernel here. An op asks once, at import."""
+    return frozenset(kind for kind in CANDIDATES[op] if choose(op, kind).backend != PYTORCH)
+
 
 def has_flash_attn() -> bool:
     """Whether flash-attn can be imported."""
     return _why_not_importable("flash_attn") is None
-
-
-def has_triton() -> bool:
-    """Whether Triton, and so our CUDA kernels, can be imported."""
-    return _why_not_importable("triton") is None
 
 
 def has_apex() -> bool:
@@ -41,18 +71,6 @@ def has_apex() -> bool:
 def has_extension(kind: str = "cpu") -> bool:
     """Whether the compiled kernels for kind ("cpu" or "cuda") are loaded; loads them at the first call."""
     return _load_extension(kind)[0]
-
-
-@functools.cache
-def cuda_kernels() -> str | None:
-    """Which fused kernels run on CUDA: "triton", else "extension" (C++), None: PyTorch's own ops."""
-    import torch
-
-    if not torch.version.cuda:
-        return None
-    if has_triton():
-        return "triton"
-    return "extension" if has_extension("cuda") else None
 
 
 @functools.cache
@@ -91,19 +109,33 @@ def status() -> dict[str, str]:
     found["device"] = _describe_device()
     found["driver"] = _driver_version() or "not found"
     for kind in ("cpu", "cuda"):
-        found[f"{kind}_extension"] = _load_extension(kind)[1]
+        is_loaded, found[f"{kind}_extension"] = _load_extension(kind)
+        if not is_loaded and _library(kind).exists():
+            found[f"{kind}_extension"] += f" ({_build_record(kind)})"
     for name, module in (("triton", "triton"), ("flash_attn", "flash_attn"), ("apex", "apex.optimizers")):
         why = _why_not_importable(module)
         version = getattr(sys.modules.get(name), "__version__", None)
         found[name] = (f"{version}" if version else "installed") if why is None else why
-    found["ops_on_cpu"] = "C++ kernels" if has_extension("cpu") else "PyTorch's own ops"
-    if torch.cuda.is_available():
-        names = {"triton": "Triton kernels", "extension": "CUDA C++ kernels", None: "PyTorch's own ops"}
-        found["ops_on_cuda"] = names[cuda_kernels()]
+    for op, kinds in CANDIDATES.items():
+        for kind in kinds:
+            backend, why = choose(op, kind)
+            found[f"{op} on {kind}"] = f"{backend} ({why})" if why else backend
     found["bf16"] = (
         "fast" if is_bf16_fast("cuda" if torch.cuda.is_available() else "cpu") else "not fast on this machine"
     )
     return found
+
+
+def _why_not(backend: str) -> str | None:
+    """None where this backend of CANDIDATES can be used, else the reason in words."""
+    import torch
+
+    if backend in ("c++", "cuda c++"):
+        is_there, what = _load_extension("cpu" if backend == "c++" else "cuda")
+        return None if is_there else what
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} has no CUDA"
+    return _why_not_importable(backend.replace("-", "_"))
 
 
 @functools.cache
@@ -146,9 +178,9 @@ def _load_extension(kind: str) -> tuple[bool, str]:
         return False, f"not loaded: torch {torch.__version__} is older than {'.'.join(map(str, _OLDEST_TORCH))}"
     if kind == "cuda":
         if not torch.version.cuda:
-            return False, f"not loaded: torch {torch.__version__} has no CUDA ({_build_record(kind)})"
+            return False, f"not loaded: torch {torch.__version__} has no CUDA"
         if not torch.cuda.is_available():
-            return False, f"not loaded: no usable GPU or driver ({_build_record(kind)})"
+            return False, "not loaded: no usable GPU or driver"
         try:
             needed = ctypes.CDLL(str(path)).sra2_cuda_driver_needed()
         except OSError as error:

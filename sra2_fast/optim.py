@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,14 +26,13 @@ TORCH_ONLY = ("foreach", "capturable", "differentiable", "fused")  # how torch r
 
 @dataclass
 class _Active:
-    """The tensors of one group's parameters that have a gradient, kept from step to step while that set is the same."""
+    """The tensors of one group's parameters that have a gradient, kept from step to step while that set is the same.
+
+    Each parameter's state["step"] is a view of its entry of `tensors.steps`; the gradients are left out.
+    """
 
     key: tuple[object, ...]
-    params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    emas: list[Tensor] | None
-    steps: Tensor  # (len(params),) float32; each parameter's state["step"] is a view of its entry
+    tensors: op.AdamWEMATensors
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -143,13 +142,13 @@ class AdamWEMA(torch.optim.Optimizer):
             raise InputError("AdamWEMA: step() must be called outside swap_ema, got a call inside")
         self._refuse_sparse()
         active = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
-        with_grad = [p for a in active for p in a.params]
+        with_grad = [p for a in active for p in a.tensors.params]
         if not with_grad:
             return loss
         norm, is_finite = self._norm(with_grad)
         for group, a in zip(self.param_groups, active, strict=True):
-            if a.params:
-                self._update(group, a, norm, is_finite)
+            if a.tensors.params:
+                self._update(group, a.tensors, norm, is_finite)
             self._average_the_rest(group, is_finite)
         return loss
 
@@ -169,31 +168,19 @@ class AdamWEMA(torch.optim.Optimizer):
     def _is_fused(self, param: Tensor) -> bool:
         return self.implementation == "fused" and op.is_fused(param.device)
 
-    def _update(self, group: dict[str, Any], a: _Active, norm: Tensor, is_finite: Tensor) -> None:
-        grads = [_dense_grad(p) for p in a.params]
-        arguments: dict[str, Any] = {
-            "params": a.params,
-            "grads": grads,
-            "exp_avgs": a.exp_avgs,
-            "exp_avg_sqs": a.exp_avg_sqs,
-            "emas": a.emas,
-            "steps": a.steps,
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "ema_decay": group["ema_decay"],
-        }
-        clip: dict[str, Any] = {"max_grad_norm": self.max_grad_norm, "norm": norm}
-        if self._is_fused(a.params[0]):
-            a.steps += is_finite
-            op.adamw_ema_step(**arguments, **clip)
+    def _update(self, group: dict[str, Any], tensors: op.AdamWEMATensors, norm: Tensor, is_finite: Tensor) -> None:
+        tensors = replace(tensors, grads=[_dense_grad(p) for p in tensors.params])  # a copy: kept, they would live on
+        beta1, beta2 = group["betas"]
+        named = {name: group[name] for name in ("lr", "eps", "weight_decay", "ema_decay")}
+        settings = op.AdamWEMASettings(beta1=beta1, beta2=beta2, max_grad_norm=self.max_grad_norm, **named)
+        if self._is_fused(tensors.params[0]):
+            tensors.steps += is_finite
+            op.adamw_ema_step(tensors, norm, settings)
         elif self.implementation == "apex":
-            a.steps += is_finite
-            op.apex(**arguments, **clip, is_finite=is_finite)
+            tensors.steps += is_finite
+            op.apex(tensors, norm, is_finite, settings)
         else:
-            op.eager(**arguments, is_finite=is_finite)
+            op.eager(tensors, is_finite, settings)
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
@@ -219,11 +206,14 @@ class AdamWEMA(torch.optim.Optimizer):
             state["step"] = steps[i]
         self._active[index] = _Active(
             key=key,
-            params=params,
-            exp_avgs=[s["exp_avg"] for s in states],
-            exp_avg_sqs=[s["exp_avg_sq"] for s in states],
-            emas=[s["ema"] for s in states] if has_ema else None,
-            steps=steps,
+            tensors=op.AdamWEMATensors(
+                params=params,
+                grads=[],
+                exp_avgs=[s["exp_avg"] for s in states],
+                exp_avg_sqs=[s["exp_avg_sq"] for s in states],
+                emas=[s["ema"] for s in states] if has_ema else None,
+                steps=steps,
+            ),
         )
         return self._active[index]
 

@@ -27,7 +27,9 @@ CHUNK = 16384  # csrc/adamw_ema_cpu.cpp
 SIZES = (1, 3, 15, 16, 17, 0, 129, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 FEW = (1, 3, 17, 0, 1000)
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1, "ema_decay": 0.98, "max_grad_norm": 10.0}
-needs_cpu_kernels = pytest.mark.skipif(not op._IS_FUSED["cpu"], reason="the extension is not built (sra2-fast info)")
+needs_cpu_kernels = pytest.mark.skipif(
+    not op.is_fused(torch.device("cpu")), reason="the extension is not built (sra2-fast info)"
+)
 
 
 def make(sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
@@ -140,7 +142,7 @@ def test_one_step_with_and_without_clip_and_average(ema_decay: float | None, max
     assert_close(opt.grad_norm, norm, torch.float32, 2, sum(SIZES))
     betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
     for p, before, g in zip(params, start, grads, strict=True):
-        assert not op._IS_FUSED["cpu"] or torch.equal(p.grad, g)  # the kernels clip on the way
+        assert not op.is_fused(torch.device("cpu")) or torch.equal(p.grad, g)  # the kernels clip on the way
         zeros = torch.zeros_like(before).double()
         ema = None if ema_decay is None else before.double()
         true = reference.adamw_ema(before.double(), g.double(), zeros, zeros, ema, 1, norm=norm, **betas, **settings)

@@ -17,11 +17,14 @@ from repository import ROOT
 from tolerance import assert_close, relative_error
 from torch import Tensor
 
-from sra2_fast.ops.alignment_velocity_loss import _IS_FUSED, ALIGNMENTS, alignment_velocity_loss, eager
+from sra2_fast import backends
+from sra2_fast.ops.alignment_velocity_loss import ALIGNMENTS, alignment_velocity_loss, eager
 from sra2_fast.ops.interpolant import PATHS
 from sra2_fast.reference import alignment_velocity_loss as reference
 
-needs_cpu_kernels = pytest.mark.skipif(not _IS_FUSED["cpu"], reason="the extension is not built (sra2-fast info)")
+needs_cpu_kernels = pytest.mark.skipif(
+    not backends.has_extension("cpu"), reason="the extension is not built (sra2-fast info)"
+)
 NAMES = ("hidden", "weight", "bias", "velocity_tokens", "latents", "noise", "t")
 # B, C, H, W, patch, K: every P in use (1, 4, 12, 16, 32, 64, 256), one token, odd counts, K around whole vectors
 SHAPES = [

@@ -189,7 +189,7 @@ def test_wheel_holds_the_library_and_every_package(checkout, tmp_path):
 def other_folder(tmp_path, monkeypatch) -> Path:
     """The package's folder as backends sees it, empty; what was asked before is forgotten, now and after."""
     monkeypatch.setattr(backends, "_FOLDER", tmp_path)
-    cached = (backends._load_extension, backends.cpu_instruction_set, backends._driver_version)
+    cached = (backends._load_extension, backends.cpu_instruction_set, backends._driver_version, backends.choose)
     for function in cached:
         monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
     return tmp_path
@@ -200,7 +200,8 @@ def test_status_says_why_the_extension_is_missing(other_folder):
     assert not backends.has_extension("cpu")
     (other_folder / "_build.json").write_text('{"cpu": "not built: no C++ compiler (c++) was found"}')
     assert backends.status()["cpu_extension"] == "not built: no C++ compiler (c++) was found"
-    assert backends.status()["ops_on_cpu"] == "PyTorch's own ops"
+    why = "c++: not built: no C++ compiler (c++) was found"
+    assert backends.status()["adamw_ema on cpu"] == f"pytorch ({why})"
     (other_folder / "_build.json").write_text("{")
     assert "_build.json is unreadable" in backends.status()["cpu_extension"]
 

@@ -9,7 +9,9 @@ groups, step counts) is `sra2_fast.optim.AdamWEMA`'s; the equations are in refer
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,19 +19,32 @@ from torch.optim.adamw import adamw
 
 from .. import backends
 from ..errors import must_be
-from .checks import IS_FUSED
+from ..reference.adamw_ema import AdamWEMASettings, clip_coefficient
+from .registry import launchers, operator
 
-_IS_FUSED = {**IS_FUSED, "cuda": backends.cuda_kernels() == "triton"}
-_STEP = (
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas,"
-    " Tensor steps, Tensor norm, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay,"
-    " float max_grad_norm) -> ()"
-)
+_OP = "adamw_ema"
+_FUSED_ON = backends.fused_devices(_OP)
+
+
+@dataclass
+class AdamWEMATensors:
+    """The tensors of one call: a parameter, its gradient and its state stand at the same place of each list.
+
+    float32 on one device for the kernels, the strides of each parameter throughout; emas None: nothing is averaged.
+    steps: (len(params),) float32, same device - updates of each parameter.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    emas: list[Tensor] | None
+    steps: Tensor
 
 
 def is_fused(device: torch.device) -> bool:
     """Whether there are kernels for this device."""
-    return _IS_FUSED.get(device.type, False)
+    return device.type in _FUSED_ON
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -40,49 +55,20 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     """
     if not grads:
         raise must_be("adamw_ema", "grads", "at least one tensor", "none")
-    return torch.ops.sra2_fast.adamw_ema_norm(grads)
+    return _norm(grads)
 
 
-def adamw_ema_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor] | None,
-    steps: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float | None,
-    max_grad_norm: float | None,
-    norm: Tensor,
-) -> None:
+def adamw_ema_step(tensors: AdamWEMATensors, norm: Tensor, settings: AdamWEMASettings) -> None:
     """Clip by `norm`, AdamW, EMA: one pass over memory, all in place; nothing changes where norm is not finite.
 
-    params, grads, exp_avgs, exp_avg_sqs, emas: float32 on one device, the strides of each parameter throughout; emas
-        None: nothing is averaged. grads stay as they are.
-    steps: (len(params),) float32, same device - updates of each parameter, this one included.
-    norm: 0-d float32, same device - `global_norm` over all groups. max_grad_norm: None does not clip.
+    tensors: steps counts this update; grads stay as they are.
+    norm: 0-d float32, same device - `global_norm` over all groups.
     """
-    torch.ops.sra2_fast.adamw_ema_step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        emas or [],
-        steps,
-        norm,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        1.0 if ema_decay is None else ema_decay,
-        float("inf") if max_grad_norm is None else max_grad_norm,
-    )
+    t = tensors
+    decay = 1.0 if settings.ema_decay is None else settings.ema_decay
+    clip = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [])
+    _step(*lists, t.steps, norm, *settings._replace(ema_decay=decay, max_grad_norm=clip))
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
@@ -93,53 +79,34 @@ def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -
     return norm
 
 
-def eager(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor] | None,
-    steps: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float | None,
-    is_finite: Tensor,
-) -> None:
+def eager(tensors: AdamWEMATensors, is_finite: Tensor, settings: AdamWEMASettings) -> None:
     """One AdamW step on already clipped gradients, then the EMA, with PyTorch's operators; all in place.
 
-    steps: (len(params),) float32 on the device of the parameters - updates so far; advanced by one here.
+    tensors: of any floating type; steps counts the updates so far and is advanced by one here.
     is_finite: 0-d bool, same device - where false, nothing changes.
     On the CPU the flag is read, which waits for nobody. On a GPU torch's foreach AdamW would need the host to skip a
     step, so there the update is torch's fused AdamW, which takes the flag on the device.
     """
+    t, s = tensors, settings
     on_cpu = is_finite.device.type == "cpu"
     if on_cpu and not is_finite:
         return
     adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        t.params,
+        t.grads,
+        t.exp_avgs,
+        t.exp_avg_sqs,
         [],
-        list(steps.unbind()),
+        list(t.steps.unbind()),
         foreach=on_cpu,
         fused=not on_cpu,
         found_inf=None if on_cpu else (~is_finite).float(),
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
         maximize=False,
+        **{name: getattr(s, name) for name in ("beta1", "beta2", "lr", "weight_decay", "eps")},
     )
-    if emas is not None:
-        assert ema_decay is not None
-        eager_ema(emas, params, ema_decay, is_finite)
+    if t.emas is not None and s.ema_decay is not None:
+        eager_ema(t.emas, t.params, s.ema_decay, is_finite)
 
 
 def why_not_apex() -> str | None:
@@ -153,24 +120,7 @@ def why_not_apex() -> str | None:
     return None if hasattr(amp, "multi_tensor_adam_capturable") else "it is older than its capturable FusedAdam"
 
 
-def apex(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor] | None,
-    steps: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float | None,
-    max_grad_norm: float | None,
-    norm: Tensor,
-    is_finite: Tensor,
-) -> None:
+def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: AdamWEMASettings) -> None:
     """`adamw_ema_step` with the kernel under apex's FusedAdam (capturable: it takes its skip flag on the device).
 
     The clip goes in as the kernel's gradient scale. One step count serves all parameters of the call, the first one's,
@@ -178,26 +128,18 @@ def apex(
     """
     adam = importlib.import_module("amp_C").multi_tensor_adam_capturable
     applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
-    clip = torch.ones_like(norm) if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    rate = torch.full((1,), lr, device=norm.device)
+    t, s = tensors, settings
+    skip = (~is_finite).int().reshape(1)
+    lists = [t.grads, t.params, t.exp_avgs, t.exp_avg_sqs]
+    rate = torch.full((1,), s.lr, device=norm.device)
+    clip = clip_coefficient(norm, s.max_grad_norm).reshape(1)
     is_adamw = has_bias_correction = 1
+    steps = t.steps[:1].int()
     applier(
-        adam,
-        (~is_finite).int().reshape(1),
-        [grads, params, exp_avgs, exp_avg_sqs],
-        rate,
-        beta1,
-        beta2,
-        eps,
-        steps[:1].int(),
-        is_adamw,
-        has_bias_correction,
-        weight_decay,
-        clip.reshape(1),
+        adam, skip, lists, rate, s.beta1, s.beta2, s.eps, steps, is_adamw, has_bias_correction, s.weight_decay, clip
     )
-    if emas is not None:
-        assert ema_decay is not None
-        eager_ema(emas, params, ema_decay, is_finite)
+    if t.emas is not None and s.ema_decay is not None:
+        eager_ema(t.emas, t.params, s.ema_decay, is_finite)
 
 
 def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
@@ -209,63 +151,31 @@ def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float
         ema.lerp_(param, weight if isinstance(weight, float) else weight.to(ema.dtype))
 
 
-_library = torch.library.Library("sra2_fast", "FRAGMENT")
-_library.define("adamw_ema_norm(Tensor[] grads) -> Tensor")
-_library.define("adamw_ema_step" + _STEP)
+def _norm_triton(grads):
+    return launchers(_OP).global_norm(grads)
 
 
-@torch.library.register_fake("sra2_fast::adamw_ema_norm", lib=_library)
-def _norm_fake(grads):
+@operator(_OP, "norm", "(Tensor[] grads) -> Tensor", triton=_norm_triton)
+def _norm(grads):
     return grads[0].new_empty((), dtype=torch.float32)
 
 
-@torch.library.register_fake("sra2_fast::adamw_ema_step", lib=_library)
-def _step_fake(*arguments):
-    return None
-
-
-def _norm_triton(grads):
-    from ..kernels import adamw_ema as kernels
-
-    return kernels.global_norm(grads)
-
-
 def _step_triton(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    emas,
-    steps,
-    norm,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    ema_decay,
-    max_grad_norm,
-):
-    from ..kernels import adamw_ema as kernels
-
-    kernels.adamw_ema_step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        emas or None,
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        ema_decay=ema_decay,
-        max_grad_norm=None if max_grad_norm == float("inf") else max_grad_norm,
-        norm=norm,
-    )
+    params, grads, exp_avgs, exp_avg_sqs, emas, steps, norm,
+    lr, beta1, beta2, eps, weight_decay, ema_decay, max_grad_norm,
+):  # fmt: skip
+    clip = None if max_grad_norm == math.inf else max_grad_norm
+    settings = AdamWEMASettings(lr, beta1, beta2, eps, weight_decay, ema_decay, clip)
+    launchers(_OP).adamw_ema_step(params, grads, exp_avgs, exp_avg_sqs, emas or None, steps, norm, settings)
 
 
-if backends.cuda_kernels() == "triton":
-    _library.impl("adamw_ema_norm", _norm_triton, "CUDA")
-    _library.impl("adamw_ema_step", _step_triton, "CUDA")
+@operator(
+    _OP,
+    "step",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas,"
+    " Tensor steps, Tensor norm, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay,"
+    " float max_grad_norm) -> ()",
+    triton=_step_triton,
+)
+def _step(*arguments):
+    return None

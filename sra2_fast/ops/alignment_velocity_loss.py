@@ -15,30 +15,16 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import InputError, must_be, must_have_type
-from .checks import IS_FUSED, once_differentiable, output_dtype
+from .checks import once_differentiable, output_dtype, records_gradient
 from .interpolant import PATHS, interpolant
 from .patchify import patchify
+from .registry import launchers, operator
 
 ALIGNMENTS = ("cosine", "smooth_l1", "mse", "l1")
 MAX_PATCH_ELEMENTS = 256
 _OP = "alignment_velocity_loss"
 _WAY_OUT = 'implementation="eager" takes'
-_IS_FUSED = {**IS_FUSED, "cuda": backends.cuda_kernels() == "triton"}
-_FWD = (
-    "(Tensor hidden, Tensor weight, Tensor bias, Tensor velocity_tokens, Tensor latents, Tensor noise, Tensor t,"
-    " int patch_size, int path, int align, float beta, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_BWD = (
-    "(Tensor dalign, Tensor dp, Tensor hidden, Tensor weight, bool need_dhidden, bool need_dweight, bool need_dbias)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-
-_library = torch.library.Library("sra2_fast", "FRAGMENT")
-_library.define("alignment_velocity_loss_fwd" + _FWD)
-_library.define("alignment_velocity_loss_bwd" + _BWD)
-# The overloads themselves: a call through the packet costs 11 us more.
-_fwd = torch.ops.sra2_fast.alignment_velocity_loss_fwd.default
-_bwd = torch.ops.sra2_fast.alignment_velocity_loss_bwd.default
+_FUSED_ON = backends.fused_devices(_OP)
 
 
 def alignment_loss(projection: Tensor, target: Tensor, align: str, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
@@ -128,7 +114,7 @@ def alignment_velocity_loss(
     """
     _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps)
     dtype = output_dtype(_OP, hidden)
-    if not _IS_FUSED.get(hidden.device.type, False):
+    if hidden.device.type not in _FUSED_ON:
         projection = (hidden.to(dtype), weight.to(dtype), bias.to(dtype))
         named: dict[str, Any] = {"patch_size": patch_size, "path": path, "align": align, "beta": beta, "eps": eps}
         return eager(*projection, velocity_tokens, latents, noise, t, **named)
@@ -136,7 +122,7 @@ def alignment_velocity_loss(
     settings = (patch_size, PATHS.index(path), ALIGNMENTS.index(align), beta, eps)
     hidden, velocity_tokens = hidden.to(dtype).contiguous(), velocity_tokens.contiguous()
     trained = (hidden, weight, bias, velocity_tokens)
-    if torch.is_grad_enabled() and any(one.requires_grad for one in trained):
+    if records_gradient(_OP, *trained):
         return _AlignmentVelocityLoss.apply(*trained, (*images, *settings))
     weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
     return _fwd(hidden, weight, bias, velocity_tokens, *images, *settings)[:2]
@@ -229,46 +215,28 @@ def _check(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size,
         raise InputError(f"{_OP}: {name} must not require a gradient ({_WAY_OUT} one that does)")
 
 
-@torch.library.register_fake("sra2_fast::alignment_velocity_loss_fwd", lib=_library)
-def _fwd_fake(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+def _fwd_triton(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
+    tensors = (hidden, weight, bias, velocity_tokens, latents, noise, t)
+    settings = (patch_size, PATHS[path], ALIGNMENTS[align], beta, eps)
+    return launchers(_OP).alignment_velocity_loss_fwd(*tensors, *settings)
+
+
+@operator(
+    _OP,
+    "fwd",
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor velocity_tokens, Tensor latents, Tensor noise, Tensor t,"
+    " int patch_size, int path, int align, float beta, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=_fwd_triton,
+)
+def _fwd(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
     loss = hidden.new_empty((), dtype=torch.float32)
     dp = hidden.new_empty(velocity_tokens.shape)
     return loss, torch.empty_like(loss), torch.empty_like(velocity_tokens), dp
 
 
-@torch.library.register_fake("sra2_fast::alignment_velocity_loss_bwd", lib=_library)
-def _bwd_fake(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
-    B, N, P = dp.shape
-    K = weight.shape[-1] if need_dhidden else hidden.shape[-1]
-    return (
-        dp.new_empty((B, N, K) if need_dhidden else 0),
-        dp.new_empty((P, K) if need_dweight else 0, dtype=torch.float32),
-        dp.new_empty(P if need_dbias else 0, dtype=torch.float32),
-    )
-
-
-def _fwd_triton(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps):
-    from ..kernels import alignment_velocity_loss as kernels
-
-    return kernels.alignment_velocity_loss_fwd(
-        hidden,
-        weight,
-        bias,
-        velocity_tokens,
-        latents,
-        noise,
-        t,
-        patch_size,
-        PATHS[path],
-        ALIGNMENTS[align],
-        beta,
-        eps,
-    )
-
-
-def _bwd_cuda(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
+def _bwd_cublas(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
     """Two products of cuBLAS; a kernel of ours would only save the scaling of dp, which is small."""
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast(dp.device.type, enabled=False):
         scaled = (dp * dalign).flatten(0, 1)
         dhidden = (scaled @ weight).view(*dp.shape[:2], -1) if need_dhidden else dp.new_empty(0)
         dweight = scaled.T @ hidden.flatten(0, 1) if need_dweight else dp.new_empty(0)
@@ -276,6 +244,18 @@ def _bwd_cuda(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias
         return dhidden, dweight.float(), dbias
 
 
-if backends.cuda_kernels() == "triton":
-    _library.impl("alignment_velocity_loss_fwd", _fwd_triton, "CUDA")
-    _library.impl("alignment_velocity_loss_bwd", _bwd_cuda, "CUDA")
+@operator(
+    _OP,
+    "bwd",
+    "(Tensor dalign, Tensor dp, Tensor hidden, Tensor weight, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor)",
+    triton=_bwd_cublas,
+)
+def _bwd(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias):
+    B, N, P = dp.shape
+    K = weight.shape[-1] if need_dhidden else hidden.shape[-1]
+    return (
+        dp.new_empty((B, N, K) if need_dhidden else 0),
+        dp.new_empty((P, K) if need_dweight else 0, dtype=torch.float32),
+        dp.new_empty(P if need_dbias else 0, dtype=torch.float32),
+    )

@@ -1,4 +1,4 @@
-"""What every op asks of its tensors, in one form of words, and which devices have fused kernels.
+"""What every op asks of its tensors, in one form of words.
 
 The kernels read rows of unit stride in float32 or bfloat16. Whatever else is given raises and names the way out: the
 eager implementation takes it.
@@ -10,17 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable as _once_differentiable
 
-from .. import backends
-from ..errors import must_be, must_have_type
+from ..errors import InputError, must_be, must_have_type
 
 MAX_ROW = 8192
 FLOATS = (torch.float32, torch.bfloat16)
 _WAY_OUT = 'implementation="eager" takes'
-
-# Asked once, at import: a backend does not come or go while a program runs.
-IS_FUSED = {"cpu": backends.has_extension("cpu"), "cuda": backends.cuda_kernels() is not None}
 
 
 def check_rows(op: str, name: str, x: torch.Tensor) -> None:
@@ -70,6 +67,23 @@ def output_dtype(op: str, x: torch.Tensor) -> torch.dtype:
     if dtype not in FLOATS:
         raise must_have_type(op, "the autocast dtype", "bfloat16 (or float32)", dtype)
     return dtype
+
+
+def records_gradient(op: str, *tensors: torch.Tensor) -> bool:
+    """Whether a backward pass may be asked for; tensors: every differentiable argument.
+
+    Raises InputError inside torch.func's transforms and for forward-mode tangents, where a kernel, which knows neither,
+    would give zeros without a word.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+        what = "torch.func's transforms (jvp, vmap, grad)" if transformed else "forward-mode gradients"
+        raise InputError(f"{op}: {what} are not for the fused kernels; {_WAY_OUT} them")
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _has_tangent(t: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,27 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .checks import IS_FUSED, check_array, check_rows, once_differentiable, output_dtype
+from .checks import check_array, check_rows, once_differentiable, output_dtype, records_gradient
 from .layer_norm_modulate import eager as _layer_norm_modulate
+from .registry import filled, launchers, operator
 
 _OP = "gated_residual_layer_norm_modulate"
-_FWD = (
-    "(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps, bool bf16_out)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_BWD = (
-    "(Tensor dx_new, Tensor dy, Tensor x_new, Tensor branch, Tensor gate, Tensor scale, Tensor mean, Tensor rstd,"
-    " bool need_dx, bool need_dbranch, bool need_dgate, bool need_modulation)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-_library = torch.library.Library("sra2_fast", "FRAGMENT")
-for _suffix in ("", "_cuda"):  # _cuda: the C++ kernels of the extension, by their own name
-    _library.define(f"gated_residual_layer_norm_modulate_fwd{_suffix}{_FWD}")
-    _library.define(f"gated_residual_layer_norm_modulate_bwd{_suffix}{_BWD}")
-# The overloads themselves: a call through the packet costs 11 us more.
-_fwd = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd.default
-_bwd = torch.ops.sra2_fast.gated_residual_layer_norm_modulate_bwd.default
+_FUSED_ON = backends.fused_devices(_OP)
 
 
 def eager(
@@ -60,14 +45,12 @@ def gated_residual_layer_norm_modulate(
     check_array(_OP, "shift", shift, x, "(B, D)")
     check_array(_OP, "scale", scale, x, "(B, D)")
     dtype = output_dtype(_OP, x)
-    if not IS_FUSED.get(x.device.type, False):
+    if x.device.type not in _FUSED_ON:
         x_new, y = eager(x, branch, gate, shift, scale, eps)
         return x_new.to(x.dtype), y.to(dtype)
     x, branch = x.contiguous(), branch.contiguous()
     bf16_out = dtype == torch.bfloat16
-    needs_gradient = x.requires_grad or branch.requires_grad or gate.requires_grad
-    needs_gradient = needs_gradient or shift.requires_grad or scale.requires_grad
-    if needs_gradient and torch.is_grad_enabled():
+    if records_gradient(_OP, x, branch, gate, shift, scale):
         return _GatedResidualLayerNormModulate.apply(x, branch, gate, shift, scale, eps, bf16_out)
     return _fwd(x, branch, gate, shift, scale, eps, bf16_out)[:2]
 
@@ -103,50 +86,43 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("sra2_fast::gated_residual_layer_norm_modulate_fwd", lib=_library)
-def _fwd_fake(x, branch, gate, shift, scale, eps, bf16_out):
+def _fwd_triton(x, branch, gate, shift, scale, eps, bf16_out):
+    dtype = torch.bfloat16 if bf16_out else torch.float32
+    return launchers(_OP).gated_residual_layer_norm_modulate_fwd(x, branch, gate, shift, scale, eps, dtype)
+
+
+@operator(
+    _OP,
+    "fwd",
+    "(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps, bool bf16_out)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=_fwd_triton,
+    has_cuda_cpp=True,
+)
+def _fwd(x, branch, gate, shift, scale, eps, bf16_out):
     y = torch.empty_like(x, dtype=torch.bfloat16 if bf16_out else torch.float32)
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     return torch.empty_like(x), y, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("sra2_fast::gated_residual_layer_norm_modulate_bwd", lib=_library)
-def _bwd_fake(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation):
+def _bwd_triton(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation):
+    gradients = launchers(_OP).gated_residual_layer_norm_modulate_bwd(
+        dx_new if dx_new.dim() == 3 else None, dy, x_new, branch, gate, scale, mean, rstd,
+        need_dx, need_dbranch, need_dgate, need_modulation,
+    )  # fmt: skip
+    return filled(gradients, (x_new, branch, gate, scale, scale))
+
+
+@operator(
+    _OP,
+    "bwd",
+    "(Tensor dx_new, Tensor dy, Tensor x_new, Tensor branch, Tensor gate, Tensor scale, Tensor mean, Tensor rstd,"
+    " bool need_dx, bool need_dbranch, bool need_dgate, bool need_modulation)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_bwd_triton,
+    has_cuda_cpp=True,
+)
+def _bwd(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation):
     wanted = ((need_dx, x_new), (need_dbranch, branch), (need_dgate, gate), (need_modulation, scale))
     dx, dbranch, dgate, dshift = (t.new_empty(t.shape if needed else 0) for needed, t in wanted)
     return dx, dbranch, dgate, dshift, torch.empty_like(dshift)
-
-
-def _fwd_triton(x, branch, gate, shift, scale, eps, bf16_out):
-    from ..kernels import gated_residual_layer_norm_modulate as kernels
-
-    dtype = torch.bfloat16 if bf16_out else torch.float32
-    return kernels.gated_residual_layer_norm_modulate_fwd(x, branch, gate, shift, scale, eps, dtype)
-
-
-def _bwd_triton(dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation):
-    from ..kernels import gated_residual_layer_norm_modulate as kernels
-
-    dx_new = dx_new if dx_new.dim() == 3 else None
-    gradients = kernels.gated_residual_layer_norm_modulate_bwd(
-        dx_new, dy, x_new, branch, gate, scale, mean, rstd, need_dx, need_dbranch, need_dgate, need_modulation
-    )
-    likes = (x_new, branch, gate, scale, scale)
-    return tuple(like.new_empty(0) if g is None else g for g, like in zip(gradients, likes, strict=True))
-
-
-_kernels = backends.cuda_kernels()
-if _kernels == "triton":
-    _library.impl("gated_residual_layer_norm_modulate_fwd", _fwd_triton, "CUDA")
-    _library.impl("gated_residual_layer_norm_modulate_bwd", _bwd_triton, "CUDA")
-elif _kernels == "extension":
-    _library.impl(
-        "gated_residual_layer_norm_modulate_fwd",
-        torch.ops.sra2_fast.gated_residual_layer_norm_modulate_fwd_cuda,
-        "CUDA",
-    )
-    _library.impl(
-        "gated_residual_layer_norm_modulate_bwd",
-        torch.ops.sra2_fast.gated_residual_layer_norm_modulate_bwd_cuda,
-        "CUDA",
-    )

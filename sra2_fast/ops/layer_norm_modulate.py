@@ -11,22 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .checks import IS_FUSED, check_array, check_rows, once_differentiable, output_dtype
+from .checks import check_array, check_rows, once_differentiable, output_dtype, records_gradient
+from .registry import filled, launchers, operator
 
 _OP = "layer_norm_modulate"
-_FWD = "(Tensor x, Tensor shift, Tensor scale, float eps, bool bf16_out) -> (Tensor, Tensor, Tensor)"
-_BWD = (
-    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool need_dx, bool need_modulation)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-
-_library = torch.library.Library("sra2_fast", "FRAGMENT")
-for _suffix in ("", "_cuda"):  # _cuda: the C++ kernels of the extension, by their own name
-    _library.define(f"layer_norm_modulate_fwd{_suffix}{_FWD}")
-    _library.define(f"layer_norm_modulate_bwd{_suffix}{_BWD}")
-# The overloads themselves: a call through the packet costs 11 us more.
-_fwd = torch.ops.sra2_fast.layer_norm_modulate_fwd.default
-_bwd = torch.ops.sra2_fast.layer_norm_modulate_bwd.default
+_FUSED_ON = backends.fused_devices(_OP)
 
 
 def eager(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -48,11 +37,11 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     check_array(_OP, "shift", shift, x, "(B, D)")
     check_array(_OP, "scale", scale, x, "(B, D)")
     dtype = output_dtype(_OP, x)
-    if not IS_FUSED.get(x.device.type, False):
+    if x.device.type not in _FUSED_ON:
         return eager(x, shift, scale, eps).to(dtype)
     x = x.contiguous()
     bf16_out = dtype == torch.bfloat16
-    if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
+    if records_gradient(_OP, x, shift, scale):
         return _LayerNormModulate.apply(x, shift, scale, eps, bf16_out)
     return _fwd(x, shift, scale, eps, bf16_out)[0]
 
@@ -82,38 +71,37 @@ class _LayerNormModulate(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("sra2_fast::layer_norm_modulate_fwd", lib=_library)
-def _fwd_fake(x, shift, scale, eps, bf16_out):
+def _fwd_triton(x, shift, scale, eps, bf16_out):
+    return launchers(_OP).layer_norm_modulate_fwd(x, shift, scale, eps, torch.bfloat16 if bf16_out else torch.float32)
+
+
+@operator(
+    _OP,
+    "fwd",
+    "(Tensor x, Tensor shift, Tensor scale, float eps, bool bf16_out) -> (Tensor, Tensor, Tensor)",
+    triton=_fwd_triton,
+    has_cuda_cpp=True,
+)
+def _fwd(x, shift, scale, eps, bf16_out):
     y = torch.empty_like(x, dtype=torch.bfloat16 if bf16_out else torch.float32)
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     return y, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("sra2_fast::layer_norm_modulate_bwd", lib=_library)
-def _bwd_fake(dy, x, scale, mean, rstd, need_dx, need_modulation):
+def _bwd_triton(dy, x, scale, mean, rstd, need_dx, need_modulation):
+    gradients = launchers(_OP).layer_norm_modulate_bwd(dy, x, scale, mean, rstd, need_dx, need_modulation)
+    return filled(gradients, (x, scale, scale))
+
+
+@operator(
+    _OP,
+    "bwd",
+    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool need_dx, bool need_modulation)"
+    " -> (Tensor, Tensor, Tensor)",
+    triton=_bwd_triton,
+    has_cuda_cpp=True,
+)
+def _bwd(dy, x, scale, mean, rstd, need_dx, need_modulation):
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dshift = scale.new_empty(scale.shape if need_modulation else 0)
     return dx, dshift, torch.empty_like(dshift)
-
-
-def _fwd_triton(x, shift, scale, eps, bf16_out):
-    from ..kernels import layer_norm_modulate as kernels
-
-    return kernels.layer_norm_modulate_fwd(x, shift, scale, eps, torch.bfloat16 if bf16_out else torch.float32)
-
-
-def _bwd_triton(dy, x, scale, mean, rstd, need_dx, need_modulation):
-    from ..kernels import layer_norm_modulate as kernels
-
-    gradients = kernels.layer_norm_modulate_bwd(dy, x, scale, mean, rstd, need_dx, need_modulation)
-    likes = (x, scale, scale)
-    return tuple(like.new_empty(0) if g is None else g for g, like in zip(gradients, likes, strict=True))
-
-
-_kernels = backends.cuda_kernels()
-if _kernels == "triton":
-    _library.impl("layer_norm_modulate_fwd", _fwd_triton, "CUDA")
-    _library.impl("layer_norm_modulate_bwd", _bwd_triton, "CUDA")
-elif _kernels == "extension":
-    _library.impl("layer_norm_modulate_fwd", torch.ops.sra2_fast.layer_norm_modulate_fwd_cuda, "CUDA")
-    _library.impl("layer_norm_modulate_bwd", torch.ops.sra2_fast.layer_norm_modulate_bwd_cuda, "CUDA")

@@ -16,9 +16,23 @@ There is nothing to differentiate here; the definition is forward only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class AdamWEMASettings(NamedTuple):
+    """The numbers of one step, in the order of the operator's arguments. ema_decay None: no average; max_grad_norm
+    None: no clip."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    ema_decay: float | None
+    max_grad_norm: float | None
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,60 @@
+"""How an op's parts become torch operators `sra2_fast::<op>_<part>`: one decorator, on what torch sees of each.
+
+The CPU kernels register themselves when the extension is loaded (csrc/*_torch.cpp). On CUDA the operator runs the
+adapter of the backend that `backends.choose` names; where it names none the op calls its eager composition instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+Adapter = Callable[..., Any]
+
+library = torch.library.Library("sra2_fast", "FRAGMENT")
+ADAPTERS: dict[str, dict[str, Adapter]] = {}  # operator: backend: what runs it on CUDA; tests hold each to its schema
+
+
+def operator(
+    op: str, part: str, schema: str, *, triton: Adapter | None = None, has_cuda_cpp: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Registers `sra2_fast::<op>_<part>`; decorates its fake (same arguments, empty results) and returns the overload.
+
+    schema: arguments and results as torch writes them.
+    triton: the adapter that calls the Triton launcher, with the schema's arguments in its order.
+    has_cuda_cpp: the extension brings a CUDA C++ kernel, registered under its own name `<op>_<part>_cuda`.
+    """
+    backends.has_extension("cpu")
+    name = f"{op}_{part}"
+    adapters = ADAPTERS[name] = {} if triton is None else {"triton": triton}
+    library.define(name + schema)
+    if has_cuda_cpp:
+        library.define(f"{name}_cuda{schema}")
+        adapters["cuda c++"] = getattr(torch.ops.sra2_fast, f"{name}_cuda")
+
+    def register(fake: Callable[..., Any]) -> Any:
+        torch.library.register_fake(f"sra2_fast::{name}", fake, lib=library)
+        chosen = backends.choose(op, "cuda").backend
+        if chosen in adapters:
+            library.impl(name, adapters[chosen], "CUDA")
+        # The overload itself: a call through the packet costs 11 us more.
+        return getattr(torch.ops.sra2_fast, name).default
+
+    return register
+
+
+def launchers(op: str) -> ModuleType:
+    """The Triton launchers of an op; imported at the first call, since Triton may be missing."""
+    return importlib.import_module(f"sra2_fast.kernels.{op}")
+
+
+def filled(results: Iterable[Tensor | None], likes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results, with an empty tensor (of the type and device of its like) for None: operators return tensors."""
+    return tuple(like.new_empty(0) if one is None else one for one, like in zip(results, likes, strict=True))
