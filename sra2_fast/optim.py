@@ -146,6 +146,10 @@ class AdamWEMA(torch.optim.Optimizer):
         if not with_grad:
             return loss
         norm, is_finite = self._norm(with_grad)
+        if not any(group["lr"] for group in self.param_groups):
+            # torch.distributed.checkpoint makes the state of a fresh optimizer by a step of rate 0 on zero gradients.
+            is_finite &= norm > 0
+            norm = torch.where(is_finite, norm, math.inf)
         for group, a in zip(self.param_groups, active, strict=True):
             if a.tensors.params:
                 self._update(group, a.tensors, norm, is_finite)

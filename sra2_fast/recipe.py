@@ -6,6 +6,7 @@ The trainer, the objective, the benchmarks and `configs/` read them from here. S
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 LR = 1e-4
@@ -49,11 +50,22 @@ def projector(target: str, hidden_size: int, feature_dim: int | None = None) -> 
     return {"projector_layers": 5}
 
 
-def learning_rate(lr: float, warmup: int, step: int) -> float:
-    """Of the update that makes step `step` (from 1) complete: linear warm-up over `warmup` steps, then constant."""
-    return lr * min(1.0, step / warmup) if warmup else lr
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """What changes from update to update: learning rate and the weight of the old average.
 
+    lr_warmup: steps over which the rate rises linearly; ema_decay: of old averages, None for no average.
+    """
 
-def ema_decay(decay: float, step: int) -> float:
-    """min(decay, (1 + step) / (10 + step)): young averages forget the initial weights quickly."""
-    return min(decay, (1 + step) / (10 + step))
+    lr: float = LR
+    lr_warmup: int = 0
+    ema_decay: float | None = EMA_DECAY
+
+    def at(self, step: int) -> dict[str, Any]:
+        """Settings of an optimizer's parameter groups for the update that makes step `step` (from 1) complete.
+
+        The decay is min(ema_decay, (1 + step) / (10 + step)): young averages forget the initial weights quickly.
+        """
+        rise = min(1.0, step / self.lr_warmup) if self.lr_warmup else 1.0
+        decay = None if self.ema_decay is None else min(self.ema_decay, (1 + step) / (10 + step))
+        return {"lr": self.lr * rise, "ema_decay": decay}

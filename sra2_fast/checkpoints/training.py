@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,33 +173,26 @@ def remove_partial_checkpoints(folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def split_optimizer(state_dict: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as (tensors by `<parameter>/<key>`, JSON-able rest).
+def split_optimizer(named: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A name-keyed optimizer state (torch.distributed.checkpoint.state_dict) as (tensors by `<parameter>/<key>`, rest).
 
-    names: the parameters' names, in the order of the optimizer's own numbering.
+    The rest, its parameter groups, is JSON-able.
     """
-    tensors, numbers = {}, {}
-    for index, entry in state_dict["state"].items():
-        for key, value in entry.items():
-            name = f"{names[int(index)]}/{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            else:
-                numbers[name] = value
-    rest = {key: value for key, value in state_dict.items() if key != "state"}
-    return tensors, {**rest, "numbers": numbers}
+    tensors = {f"{name}/{key}": value for name, entry in named["state"].items() for key, value in entry.items()}
+    return tensors, {"param_groups": named["param_groups"]}
 
 
-def join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The inverse of `split_optimizer`; entries of parameters not in `names` are an InputError."""
-    index_of = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *rest["numbers"].items()]:
-        parameter, _, key = name.rpartition("/")
-        if parameter not in index_of:
-            raise InputError(f"optimizer state is of another model: no parameter is named {parameter}")
-        state.setdefault(index_of[parameter], {})[key] = value
-    return {"state": state, **{key: value for key, value in rest.items() if key != "numbers"}}
+def join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The inverse of `split_optimizer`; a state of a parameter not in `names` is an InputError."""
+    state: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        if name not in state:
+            raise InputError(f"optimizer state is of another model: no parameter is named {name}")
+        state[name][key] = value
+    # Checkpoints of version 0.1 before November 2026 number the parameters; their names stand beside the numbers.
+    groups = [{**group, "params": group.get("param_names", group["params"])} for group in rest["param_groups"]]
+    return {"state": {name: entry for name, entry in state.items() if entry}, "param_groups": groups}
 
 
 def _why_not_saved(final: Path, folder: Path, error: BaseException) -> str:

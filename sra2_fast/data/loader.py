@@ -8,7 +8,7 @@ nor that of processes changes a number, and a run resumes at any step without re
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,11 @@ class Batch(NamedTuple):
     time_uniform: torch.Tensor  # (B,) float32
     label_uniform: torch.Tensor  # (B,) float32; drop the label where it is < class_dropout_prob
     teacher_uniform: torch.Tensor  # (B,) float32
+    images: torch.Tensor | None = None  # (B, 3, H, W) uint8, where an encoder runs on them in every step
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The function applied to every tensor there is."""
+        return Batch(*(None if one is None else function(one) for one in self))  # type: ignore[arg-type]
 
 
 class _Steps(Dataset):

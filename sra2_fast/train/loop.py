@@ -1,13 +1,11 @@
 """The training loop: what happens in a step, and what happens between steps.
 
-A step never waits for the device: losses stay there until a log point (`StepHistory`). Everything random is a function
-of (seed, step, index in the batch), so that a run cut in two is bitwise the run in one piece. One process, one device:
-many GPUs are not here.
+The step itself is step.py's and never waits for the device. Everything random is a function of (seed, step, index in
+the batch), so that a run cut in two is bitwise the run in one piece. One process, one device: many GPUs are not here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -16,11 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
 from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
-from ..objective import LossOutput
 from ..vae.decode import make_decoder
 from . import build
 from .allocator import keep_freed_memory
@@ -30,6 +32,7 @@ from .interrupt import Interrupt
 from .options import TrainOptions
 from .resume import check_same_run, describe_run, find_checkpoint
 from .run_directory import RunDirectory, versions
+from .step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +62,41 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 class Trainer:
-    """The pieces of one run: resolved options, where the data and the folder are, and `step`, the steps done so far."""
+    """The pieces of one run: resolved options, where the data and the folder are, and the step that is repeated."""
 
     def __init__(self, options: TrainOptions, source: LatentSource, directory: RunDirectory) -> None:
         self.options, self.source, self.directory = options, source, directory
         self.device = torch.device(options.device)
         self.description = describe_run(options, source)
-        self.step = 0
         self.record: dict[str, float] | None = None
         checkpoint = find_checkpoint(options, directory)
         changes = check_same_run(checkpoint, self.description, options.resume) if checkpoint else []
         self.checkpoint = checkpoint.path if checkpoint else None
         self.model = build.build_model(options, source).to(self.device)
-        self.names = [name for name, _ in self.model.named_parameters()]
         self.loss_fn = build.build_loss(options)
         self.optimizer = build.build_optimizer(options, self.model)
         pending = self._restore(checkpoint) if checkpoint else []
-        self.history = StepHistory(options.log_every, self.device, pending)
-        self.teacher = self._compiled(build.build_teacher(self.model, self.optimizer)) if self.has_teacher else None
-        self.compute = self._compiled(self.model)
+        has_teacher = options.target == "teacher" and options.align != "none"
+        self.teacher = build.build_teacher(self.model, self.optimizer) if has_teacher else None
+        self.take_step = TrainStep(
+            self._compiled(self.model),
+            self.loss_fn,
+            self.optimizer,
+            StepHistory(options.log_every, self.device, pending),
+            device=self.device,
+            schedule=build.build_schedule(options),
+            autocast_dtype=torch.bfloat16 if options.precision == "bf16" else None,
+            label_dropout=options.label_dropout,
+            teacher=None if self.teacher is None else self._compiled(self.teacher),
+            step=checkpoint.step if checkpoint else 0,
+        )
         self.grid = self._make_grid()
         self._say_what_runs(changes)
 
     @property
-    def has_teacher(self) -> bool:
-        return self.options.target == "teacher" and self.options.align != "none"
+    def step(self) -> int:
+        """The steps done so far."""
+        return self.take_step.step
 
     def _compiled(self, model: torch.nn.Module) -> torch.nn.Module:
         return cast(torch.nn.Module, torch.compile(model)) if self.options.compile else model
@@ -91,16 +104,16 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
         load_weights(self.model, checkpoint.model, checkpoint.path)
-        state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], self.names)
-        for index, name in enumerate(self.names):
-            if index in state["state"] and checkpoint.ema is not None:
-                state["state"][index]["ema"] = checkpoint.ema[name]
-        self.optimizer.load_state_dict(state)
+        names = [name for name, _ in self.model.named_parameters()]
+        state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], names)
+        for name, entry in state["state"].items():
+            if checkpoint.ema is not None:
+                entry["ema"] = checkpoint.ema[name]
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(strict=False))
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.options.weight_decay  # the loaded one, unless it was changed on purpose
-        self.step = checkpoint.step
         pending = checkpoint.state["pending"]
-        since_log_point = min(len(pending), self.step % self.options.log_every)  # --log-every may have changed
+        since_log_point = min(len(pending), checkpoint.step % self.options.log_every)  # --log-every may have changed
         return pending[len(pending) - since_log_point :]
 
     def train(self) -> TrainResult:
@@ -115,7 +128,8 @@ class Trainer:
         with Interrupt() as interrupt, self._progress_bar() as self.bar:
             self._restart_clock()
             for batch in self._batches(self.step, options.steps - self.step):
-                self._take_step(batch)
+                self.take_step([batch])
+                self.bar.update()
                 is_last = self.step == options.steps
                 if is_last or self.step % options.log_every == 0:
                     self._log()
@@ -159,47 +173,16 @@ class Trainer:
             yield from loader
             return
         for batch in loader:
-            yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-
-    def _losses(self, model: torch.nn.Module, batch: Batch, step: int) -> LossOutput:
-        """The objective of one batch; `step` counts the steps done before it."""
-        with self._autocast():
-            return self.loss_fn(
-                model,
-                batch.latents,
-                batch.labels,
-                t=self.loss_fn.time_from_uniform(batch.time_uniform),
-                noise=batch.noise,
-                label_drop=batch.label_uniform < self.options.label_dropout,
-                teacher_gap=batch.teacher_uniform * self.loss_fn.teacher_gap if self.has_teacher else None,
-                teacher=self.teacher,
-                step=step,
-            )
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.precision == "bf16")
-
-    def _take_step(self, batch: Batch) -> None:
-        done = self.step + 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = build.learning_rate(self.options, done)
-            group["ema_decay"] = build.ema_decay(self.options, done)
-        losses = self._losses(self.compute, batch, self.step)
-        self.history.backward(losses.total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.history.record(losses.velocity, losses.align, self.optimizer.grad_norm)
-        self.step = done
-        self.bar.update()
+            yield batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _read_history(self) -> list[list[float]]:
         """The losses since the last log point. Raises NonFiniteLoss, with the weights as before the bad step."""
-        rows = self.history.read()
+        rows = self.take_step.history.read()
         bad = first_non_finite(rows)
         if bad is not None:
             step = self.step - len(rows) + bad
             batch = next(iter(self._batches(step, 1)))
-            activations = largest_activations(self.model, lambda: self._losses(self.model, batch, step))
+            activations = largest_activations(self.model, lambda: self.take_step.losses(self.model, batch, step))
             raise NonFiniteLoss(describe(step + 1, rows[bad], activations, self.checkpoint))
         return rows
 
@@ -216,14 +199,13 @@ class Trainer:
             "align": align,
             "align_weight": weight,
             "grad_norm": grad_norm,
-            "lr": build.learning_rate(self.options, self.step),
-            "ema_decay": build.ema_decay(self.options, self.step),
+            **build.build_schedule(self.options).at(self.step),
             "images": self.step * self.options.batch_size,
             "images_per_s": images_per_s,
         }
         self.directory.log(self.record)
         self.bar.set_postfix_str(f"loss {self.record['loss']:.4f}, align {align:.4f}, {images_per_s:.0f} images/s")
-        self.history.clear()
+        self.take_step.history.clear()
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -233,10 +215,10 @@ class Trainer:
     def _save(self) -> None:
         pending = self._read_history()
         paused = time.perf_counter()
-        packed = self.optimizer.state_dict()
-        averages = {name: packed["state"][i].pop("ema") for i, name in enumerate(self.names) if i in packed["state"]}
+        named = cast(dict[str, Any], get_optimizer_state_dict(self.model, self.optimizer))
+        averages = {name: entry.pop("ema") for name, entry in named["state"].items()}
         weights = self.model.state_dict()
-        tensors, rest = split_optimizer(packed, self.names)
+        tensors, rest = split_optimizer(named)
         self.checkpoint = save_checkpoint(
             self.directory.checkpoints,
             self.step,
@@ -277,7 +259,7 @@ class Trainer:
         if self.grid is None:
             return
         paused = time.perf_counter()
-        with self.optimizer.swap_ema(self.model), self._autocast():
+        with self.optimizer.swap_ema(self.model), self.take_step.autocast():
             latents = self.grid.sample(self.model, self.device)
         write_png(self.grid.picture(latents), self.directory.samples / f"step-{self.step:08d}.png")
         self._clock_start += time.perf_counter() - paused

@@ -63,9 +63,7 @@ class TrainOptions:
     align_schedule: Literal["constant", "linear", "stop"] = _option("constant", "of the weight")
     align_schedule_steps: int | None = _option(None, "where 'linear' reaches zero (default: --steps) or 'stop' stops")
     beta: float = _option(0.05, "of smooth_l1")
-    target: Literal["vae", "features", "teacher"] = _option(
-        "vae", "align with: the clean latents (SRA 2), features (REPA), the EMA teacher (SRA)"
-    )
+    target: Literal["vae", "teacher"] = _option("vae", "align with: the clean latents (SRA 2), the EMA teacher (SRA)")
     teacher_depth: int | None = _option(None, "block of the teacher (default: 20 for XL, else twice --align-depth)")
 
     precision: Literal["auto", "bf16", "fp32"] = _option(

@@ -1,0 +1,109 @@
+"""One training step, the only one: `sra2-fast train`, the benchmarks and the tests run this object.
+
+    loss of every microbatch -> backward -> clip, AdamW, EMA -> figures kept on the device
+
+It waits for nothing: figures stay on the device until `history.read()`, and a loss that is not finite is noticed there
+(see diagnosis.py). Left out: where batches come from, logging and saving (loop.py), and many processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..models import LossOutput
+from ..objective import SRA2Loss
+from ..recipe import UpdateSchedule
+from .diagnosis import StepHistory
+
+
+class StepResult(NamedTuple):
+    """0-d float32 tensors on the device: means over the whole batch, and the gradient's norm before clipping."""
+
+    total: Tensor
+    velocity: Tensor
+    align: Tensor
+    grad_norm: Tensor
+
+
+class TrainStep:
+    """`step([batch])` runs one step; several microbatches of one batch give its gradient, summed in float32.
+
+    network: a SiT, compiled or wrapped as it will run. optimizer: AdamWEMA, or what has its `step`, `zero_grad`,
+        `param_groups` and `grad_norm`; it clips.
+    schedule: rate and decay by step; None leaves the optimizer's own.
+    autocast_dtype: bfloat16, or None for none. label_dropout: share of labels replaced by the null label.
+    teacher: the EMA copy, for target="teacher". encoder: images (B, 3, H, W) uint8 -> features (B, N, F), for
+        target="features" online.
+    step: steps done so far, from which a resumed run counts on. history: figures since the last log point.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss_fn: SRA2Loss,
+        optimizer: Any,
+        history: StepHistory,
+        *,
+        device: torch.device,
+        schedule: UpdateSchedule | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        label_dropout: float = 0.0,
+        teacher: nn.Module | None = None,
+        encoder: Callable[[Tensor], Tensor] | None = None,
+        step: int = 0,
+    ) -> None:
+        self.network, self.loss_fn, self.optimizer, self.history = network, loss_fn, optimizer, history
+        self.device, self.schedule, self.autocast_dtype = device, schedule, autocast_dtype
+        self.label_dropout, self.teacher, self.encoder = label_dropout, teacher, encoder
+        self.step = step
+
+    def __call__(self, microbatches: Sequence[Batch]) -> StepResult:
+        """One step on a batch cut into microbatches, each weighted by its share of the samples."""
+        if self.schedule is not None:
+            settings = self.schedule.at(self.step + 1)
+            for group in self.optimizer.param_groups:
+                group.update(settings)
+        count = sum(len(batch.labels) for batch in microbatches)
+        parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
+        total, velocity, align = parts[0] if len(parts) == 1 else map(sum, zip(*parts, strict=True))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = StepResult(total, velocity, align, self.optimizer.grad_norm)
+        self.history.record(velocity, align, result.grad_norm)
+        self.step += 1
+        return result
+
+    def _backward(self, batch: Batch, share: float) -> tuple[Tensor, ...]:
+        """Adds the gradient of this microbatch's share of the loss; returns that share of (total, velocity, align)."""
+        losses = self.losses(self.network, batch, self.step)
+        if share == 1:
+            self.history.backward(losses.total)
+            return losses.total.detach(), losses.velocity, losses.align
+        self.history.backward(losses.total * share)
+        return losses.total.detach() * share, losses.velocity * share, losses.align * share
+
+    def losses(self, network: nn.Module, batch: Batch, step: int) -> LossOutput:
+        """The objective of one batch on `network`, in the step's precision; `step` counts the steps done before it."""
+        draws = self.loss_fn.draws(
+            batch.latents,
+            self.label_dropout,
+            noise=batch.noise,
+            time_uniform=batch.time_uniform,
+            label_uniform=batch.label_uniform,
+            teacher_uniform=batch.teacher_uniform,
+        )
+        with self.autocast():
+            features = None if self.encoder is None else self.encoder(batch.images)
+            given = {**draws._asdict(), "features": features, "teacher": self.teacher}
+            return self.loss_fn(network, batch.latents, batch.labels, step=step, **given)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What the forward runs under."""
+        dtype = self.autocast_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
