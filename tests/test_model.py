@@ -231,7 +231,7 @@ def test_built_on_meta_it_fills_in_later() -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling",
+    "given",
     (
         {"use_cfg": True, "fused_attn": False, "path_type": "linear"},
         {"decoder_hidden_size": 48},
@@ -239,9 +239,9 @@ def test_built_on_meta_it_fills_in_later() -> None:
         {"encoder_depth": 2, "align_depth": 2},
     ),
 )
-def test_spellings_of_the_repa_family_are_accepted(spelling: dict[str, Any]) -> None:
-    model = SiT(**SMALL, **spelling)
-    assert model.align_depth == spelling.get("encoder_depth")
-    plain = SiT(**SMALL, align_depth=spelling.get("encoder_depth"))
+def test_keywords_of_the_repa_family_are_accepted(given: dict[str, Any]) -> None:
+    model = SiT(**SMALL, **given)
+    assert model.align_depth == given.get("encoder_depth")
+    plain = SiT(**SMALL, align_depth=given.get("encoder_depth"))
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     assert model.config() == plain.config()

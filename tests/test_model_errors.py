@@ -10,6 +10,7 @@ from models import SMALL, batch_for, small_model
 
 from sra2_fast import SiT, SiT_models
 from sra2_fast.errors import InputError
+from sra2_fast.models import model_sizes
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,13 @@ def test_a_checkpoint_of_another_model_is_not_loaded_in_part() -> None:
         small_model().load_state_dict(wide.state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.3\."):
         small_model().load_state_dict(deep.state_dict())
+
+
+def test_sizes_of_a_model_are_four_positive_numbers_or_a_name() -> None:
+    sizes = {"hidden_size": 128, "depth": 6, "num_heads": 4, "patch_size": 2}
+    assert model_sizes("128,6,4,2") == model_sizes("128, 6, 4, 2") == sizes
+    for wrong in ("128,6,4", "128,6,4,2,1", "128,6,-4,2", "128,6,0,2", "128,6,4,two", "SiT-M/2", ""):
+        with pytest.raises(InputError, match=rf"^train: --model {wrong} is not known.* Names are SiT-.* such as 128,"):
+            model_sizes(wrong, "train")
+    with pytest.raises(InputError, match=r"did you mean SiT-XL/2\? Names are"):
+        model_sizes("sit-xl2")

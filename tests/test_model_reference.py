@@ -12,6 +12,7 @@ import torch
 from recorded.recording import Recording, assert_same, assert_same_gradients, load_recording, reference_facts
 
 from sra2_fast import SiT, SiT_models
+from sra2_fast.models import model_sizes
 
 SIT = ("sit", "sit_one_channel", "sit_patch4")
 FAMILY = ("repa", "repa_qk_norm", "sra")
@@ -174,6 +175,7 @@ def test_the_registry_has_sixteen_names_with_the_published_sizes() -> None:
     """Counts of the public code; SiT-XL/2 675 M, L/2 458 M, B/2 130 M, S/2 33 M in arXiv 2401.08740, Table 1."""
     assert list(SiT_models) == [f"SiT-{size}/{patch}" for size in ("XL", "L", "B", "S") for patch in (1, 2, 4, 8)]
     sizes = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
     counted = reference_facts()["registry"]["sit"]
     for name, build_model in SiT_models.items():
         with torch.device("meta"):
@@ -181,6 +183,7 @@ def test_the_registry_has_sixteen_names_with_the_published_sizes() -> None:
         size, patch = name.removeprefix("SiT-").split("/")
         assert (model.depth, model.hidden_size, model.num_heads) == sizes[size], name
         assert model.patch_size == int(patch) and len(model.blocks) == model.depth, name
+        assert model_sizes(name) == {key: model.config()[key] for key in names}, name
         count = sum(parameter.numel() for parameter in model.parameters())
         if name in counted:
             assert count == counted[name], name

@@ -179,6 +179,45 @@ def test_labels_drop_only_in_training(batch):
     assert float(dropped.detach()) in by_chance and len(set(by_chance)) > 1
 
 
+@pytest.mark.parametrize("target", ["vae", "teacher"])
+def test_a_call_draws_what_draws_draws(target):
+    """One place makes the random numbers: the same seed gives the same loss, whether they are drawn ahead or not."""
+    model = random_model(projection_dim=48 if target == "teacher" else None, class_dropout_prob=0.5).float().train()
+    latents, labels = torch.randn(8, 4, 8, 8), torch.arange(8)
+    extra = {"teacher": copy.deepcopy(model).eval()} if target == "teacher" else {}
+    loss_fn = SRA2Loss(target=target, time="lognormal")
+    torch.manual_seed(3)
+    want = loss_fn(model, latents, labels, **extra).total
+    torch.manual_seed(3)
+    draws = loss_fn.draws(latents, model.class_dropout_prob)
+    assert loss_fn(model, latents, labels, **draws._asdict(), **extra).total == want
+    torch.manual_seed(3)  # the order of the draws is part of what a seed means
+    t = loss_fn.time_from_uniform(torch.rand(8))
+    noise, drop = torch.randn_like(latents), torch.rand(8) < 0.5
+    assert torch.equal(draws.t, t) and torch.equal(draws.noise, noise) and torch.equal(draws.label_drop, drop)
+    assert (draws.teacher_gap is None) == (target == "vae")
+    assert target == "vae" or torch.equal(draws.teacher_gap, 0.2 * torch.rand(8))
+
+
+def test_draws_are_functions_of_the_uniforms_they_are_given(batch):
+    latents, u = batch["latents"], torch.tensor([0.2, 0.5, 0.9])
+    uniforms = {"time_uniform": u, "label_uniform": u.flip(0), "teacher_uniform": u.square()}
+    state = torch.get_rng_state()
+    loss_fn = SRA2Loss(target="teacher", teacher_gap=0.3, time="lognormal")
+    draws = loss_fn.draws(latents, 0.5, noise=batch["noise"], **uniforms)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draws.t, loss_fn.time_from_uniform(u)) and draws.noise is batch["noise"]
+    assert draws.label_drop.tolist() == [False, False, True]  # 0.5 is not below 0.5
+    assert torch.equal(draws.teacher_gap, 0.3 * u.square())
+    without = SRA2Loss(align=None, target="teacher").draws(latents, 0.0, **uniforms)
+    assert without.label_drop is None and without.teacher_gap is None
+
+
+def test_the_cosine_path_is_sits_gvp(batch):
+    model = random_model().eval()
+    assert SRA2Loss(path="gvp")(model, **batch).total == SRA2Loss(path="cosine")(model, **batch).total
+
+
 @pytest.mark.parametrize(("kind", "factors"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("stop", [1, 0, 0])])
 def test_schedules(batch, kind, factors):
     model = random_model().eval()
@@ -237,7 +276,7 @@ def test_no_host_synchronisation(target):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"path": "gvp"}, r"SRA2Loss: path must be linear or cosine, got 'gvp'"),
+        ({"path": "vp"}, r"SRA2Loss: path must be linear or cosine, got 'vp'"),
         ({"time": "beta"}, r"time must be uniform or lognormal, got 'beta'"),
         ({"align": "l2"}, r"align must be cosine or smooth_l1 or mse or l1 or None, got 'l2'"),
         ({"target": "dino"}, r"target must be vae or features or teacher, got 'dino'"),

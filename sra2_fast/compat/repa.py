@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers.checks import constructor_arguments
 from ..layers.projector import build_projector
-from .family import FamilySiT, check_head_sizes, registry
+from ..models.registry import registry
+from .family import PATCH_SIZES, FamilySiT, check_head_sizes
 
 PROJECTOR_LAYERS = 3
 
@@ -45,27 +46,11 @@ class SiT(FamilySiT):
         projector_dim: int = 2048,
         **block_kwargs: Any,
     ) -> None:
-        arguments = {
-            "path_type": path_type,
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "decoder_hidden_size": decoder_hidden_size,
-            "encoder_depth": encoder_depth,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob,
-            "num_classes": num_classes,
-            "use_cfg": use_cfg,
-            "z_dims": list(z_dims),
-            "projector_dim": projector_dim,
-        }
+        arguments = constructor_arguments(locals()) | {"z_dims": list(z_dims)}
         super().__init__("repa", arguments, block_kwargs)
         self._check_block("encoder_depth", encoder_depth)
         check_head_sizes(self._op, projector_dim=projector_dim, **{f"z_dims[{k}]": d for k, d in enumerate(z_dims)})
-        self.z_dims = list(z_dims)
+        self.z_dims = arguments["z_dims"]
         self.encoder_depth = encoder_depth
         self._add_head(
             "projectors",
@@ -73,8 +58,8 @@ class SiT(FamilySiT):
         )
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, return_logvar: bool = False
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, x: Tensor, t: Tensor, y: Tensor, return_logvar: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W) and one (B, N, z_dim) for each of z_dims.
 
         return_logvar has no effect, as in REPA. Labels are dropped by chance while training.
@@ -83,4 +68,4 @@ class SiT(FamilySiT):
         return velocity, [projector(hidden) for projector in self.projectors]
 
 
-SiT_models = registry(SiT)
+SiT_models = registry(SiT, PATCH_SIZES)

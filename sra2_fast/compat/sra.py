@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..layers.checks import check_inputs
-from .family import FamilySiT, registry
+from ..layers.checks import check_inputs, constructor_arguments
+from ..models.registry import registry
+from .family import PATCH_SIZES, FamilySiT
 
 
 class AlignmentHead(nn.Module):
@@ -21,7 +22,7 @@ class AlignmentHead(nn.Module):
         self.act = nn.SiLU()
         self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, N, D)."""
         return self.linear2(self.act(self.linear1(x)))
 
@@ -52,26 +53,13 @@ class SiT(FamilySiT):
         use_cfg: bool = False,
         **block_kwargs: Any,
     ) -> None:
-        arguments = {
-            "path_type": path_type,
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "decoder_hidden_size": decoder_hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob,
-            "num_classes": num_classes,
-            "use_cfg": use_cfg,
-        }
+        arguments = constructor_arguments(locals())
         super().__init__("sra", arguments, block_kwargs)
         self._add_head("ap_head", AlignmentHead(hidden_size))
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, ad: int = 4
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: Tensor, t: Tensor, y: Tensor, ad: int = 4
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W), tokens (B, N, D), labels (B,).
 
         ad: the block whose tokens are returned, through the head while training, as they are in evaluation.
@@ -81,8 +69,8 @@ class SiT(FamilySiT):
         check_inputs(self, x, t, y)
         labels = self.y_embedder.drop(y)
         drop_no_more = torch.zeros_like(labels, dtype=torch.bool)
-        velocity, hidden = self._velocity_and_tokens(x, t, labels, "ad", ad, force_drop_ids=drop_no_more)
+        velocity, hidden = self._velocity_and_tokens(x, t, labels, "ad", ad, drop_no_more)
         return velocity, self.ap_head(hidden) if self.training else hidden, labels
 
 
-SiT_models = registry(SiT)
+SiT_models = registry(SiT, PATCH_SIZES)

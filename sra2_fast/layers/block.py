@@ -1,17 +1,16 @@
 """The adaLN-Zero block of SiT and its output layer, shaped so that normalisation never costs a pass of its own.
 
-Between two branches the residual stream is in one of two forms. Closed, it is the tensor x. Open, it is an `Edge`: x
-with the last branch and its gate still to be added, so that the next normalisation can add, normalise and modulate in
-one pass (`gated_residual_layer_norm_modulate`), across block edges too. A block returns the form it was given:
-`block(x, c)` is the plain public contract, for hooks, checkpointing and wrapping.
+Between two branches the residual stream is in one of two forms. Closed, it is the tensor x. Open, it is a
+`PendingResidual`: x with the last branch and its gate still to be added, so that the next normalisation can add,
+normalise and modulate in one pass (`gated_residual_layer_norm_modulate`), across block edges too. A block returns the
+form it was given: `block(x, c)` is the plain public contract, for hooks, checkpointing and wrapping.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops import gated_residual_layer_norm_modulate as _gated_op
 from ..ops import layer_norm_modulate as _norm_op
@@ -22,18 +21,25 @@ from .attention import Attention
 EPS = 1e-6
 
 
-class Edge(NamedTuple):
-    """An open residual stream: x + gate * branch, not yet added. branch and gate None: nothing pending."""
+class PendingResidual(NamedTuple):
+    """An open residual stream: x + gate * branch, not yet added. branch and gate None: nothing pending.
 
-    x: torch.Tensor  # (B, N, D)
-    branch: torch.Tensor | None = None  # (B, N, D)
-    gate: torch.Tensor | None = None  # (B, D)
+    It spans from a branch's last product to the next norm: inside a block from attention to the norm before the MLP,
+    and between blocks from the MLP to the next block's first norm, or the final layer's.
+    """
 
-    def close(self) -> torch.Tensor:
-        """The residual stream with the pending branch added."""
-        if self.branch is None or self.gate is None:
-            return self.x
-        return self.x + self.gate.unsqueeze(1) * self.branch
+    x: Tensor  # (B, N, D)
+    branch: Tensor | None = None  # (B, N, D)
+    gate: Tensor | None = None  # (B, D)
+
+
+def closed(stream: Tensor | PendingResidual) -> Tensor:
+    """The residual stream with the pending branch added."""
+    if isinstance(stream, Tensor):
+        return stream
+    if stream.branch is None or stream.gate is None:
+        return stream.x
+    return stream.x + stream.gate.unsqueeze(1) * stream.branch
 
 
 class AdaLayerNorm(nn.Module):
@@ -45,15 +51,12 @@ class AdaLayerNorm(nn.Module):
         self._norm = _norm_op if fused else _norm_eager
         self._gated = _gated_op if fused else _gated_eager
 
-    def forward(
-        self, stream: torch.Tensor | Edge, shift: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, stream: Tensor | PendingResidual, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (x, y): the closed stream and its modulated norm. shift, scale: (B, D)."""
-        if not isinstance(stream, Edge):
-            return stream, self._norm(stream, shift, scale, EPS)
-        if stream.branch is None or stream.gate is None:
-            return stream.x, self._norm(stream.x, shift, scale, EPS)
-        return self._gated(stream.x, stream.branch, stream.gate, shift, scale, EPS)
+        if isinstance(stream, PendingResidual) and stream.branch is not None and stream.gate is not None:
+            return self._gated(stream.x, stream.branch, stream.gate, shift, scale, EPS)
+        x = closed(stream)
+        return x, self._norm(x, shift, scale, EPS)
 
 
 class Mlp(nn.Module):
@@ -65,7 +68,7 @@ class Mlp(nn.Module):
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -82,11 +85,11 @@ class SiTBlock(nn.Module):
         self.norm = AdaLayerNorm(implementation)
 
     def forward(
-        self, stream: torch.Tensor | Edge, c: torch.Tensor | None, modulation: torch.Tensor | None = None
-    ) -> torch.Tensor | Edge:
+        self, stream: Tensor | PendingResidual, c: Tensor | None, modulation: Tensor | None = None
+    ) -> Tensor | PendingResidual:
         """One block on a stream of either form.
 
-        stream: (B, N, D), or an Edge of such tensors.
+        stream: (B, N, D), or a PendingResidual of such tensors.
         c: (B, D) - conditioning; may be None when modulation is given.
         modulation: (B, 6D) - shift, scale, gate of the attention, then of the MLP: this block's slice of a product
             that was computed for all blocks at once. None computes it from c.
@@ -96,9 +99,9 @@ class SiTBlock(nn.Module):
             modulation = self.adaLN_modulation(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x, y = self.norm(stream, shift_msa, scale_msa)
-        x, y = self.norm(Edge(x, self.attn(y), gate_msa), shift_mlp, scale_mlp)
-        out = Edge(x, self.mlp(y), gate_mlp)
-        return out if isinstance(stream, Edge) else out.close()
+        x, y = self.norm(PendingResidual(x, self.attn(y), gate_msa), shift_mlp, scale_mlp)
+        out = PendingResidual(x, self.mlp(y), gate_mlp)
+        return out if isinstance(stream, PendingResidual) else closed(out)
 
 
 class FinalLayer(nn.Module):
@@ -110,9 +113,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.norm = AdaLayerNorm(implementation)
 
-    def forward(
-        self, stream: torch.Tensor | Edge, c: torch.Tensor | None, modulation: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, stream: Tensor | PendingResidual, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
         """stream, c as in `SiTBlock`; modulation: (B, 2D) - shift, scale. Returns (B, N, P)."""
         if modulation is None:
             modulation = self.adaLN_modulation(c)

@@ -6,7 +6,7 @@ import math
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FREQUENCIES = 256
 MAX_PERIOD = 10000
@@ -20,14 +20,14 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
-    def features(t: torch.Tensor) -> torch.Tensor:
+    def features(t: Tensor) -> Tensor:
         """[cos(t w), sin(t w)] in float32, (B, 256), with w_k = 10000^(-k / 128)."""
         half = FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.features(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
@@ -40,7 +40,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
-    def drop(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         """Replace labels by the null label: where force_drop_ids says so, else (training) by chance."""
         if force_drop_ids is not None:
             dropped = force_drop_ids.bool()
@@ -50,5 +50,5 @@ class LabelEmbedder(nn.Module):
             return labels
         return torch.where(dropped, self.num_classes, labels)
 
-    def forward(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         return self.embedding_table(self.drop(labels, force_drop_ids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
@@ -14,7 +14,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, N, D), tokens row by row."""
         b, c, height, width = x.shape
         p = self.proj.kernel_size[0]
@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def sincos_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
+def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine table (grid_size^2, D) float32: the column's half first, then the row's.
 
     Each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-k / (D / 4)); computed in float64.

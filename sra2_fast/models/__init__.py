@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .sit import SiT, SiT_models
+from .loss_inputs import LossOutput
+from .registry import SiT_models, model_sizes
+from .sit import SiT
 
-__all__ = ["SiT", "SiT_models"]
+__all__ = ["LossOutput", "SiT", "SiT_models", "model_sizes"]

@@ -8,35 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, must_be
-from ..layers.block import Edge, FinalLayer, SiTBlock
-from ..layers.checks import check_arguments, check_guidance, check_inputs, check_spellings
+from ..layers import checks
+from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
 from ..layers.conditioning import LabelEmbedder, TimestepEmbedder
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
 from ..layers.projector import build_projector
 from ..ops.patchify import unpatchify
-
-
-class LossInputs(Protocol):
-    """What `SRA2Loss` hands to `SiT.forward` so that the loss is computed there."""
-
-    @property
-    def needs_hidden(self) -> bool: ...
-
-    def evaluate(
-        self,
-        velocity_tokens: torch.Tensor,
-        hidden: torch.Tensor | None,
-        projector: nn.Sequential | None,
-        patch_size: int,
-        implementation: str,
-    ) -> Any: ...
+from .loss_inputs import LossInputs, LossOutput
 
 
 class SiT(nn.Module):
@@ -52,8 +38,8 @@ class SiT(nn.Module):
     projection_dim: what it projects to (default P = patch_size^2 C, the VAE latent; F or D for other targets).
     implementation: "fused" (our kernels where they exist, the default) or "eager" (PyTorch's own ops).
     checkpoint_blocks: recompute each block in the backward instead of keeping its activations.
-    spellings: `use_cfg`, `fused_attn`, `path_type`, `decoder_hidden_size`, `encoder_depth` as REPA and SRA write them.
-    Raises InputError for sizes that do not fit and spellings that have no meaning here.
+    compat_kwargs: REPA's and SRA's `use_cfg`, `fused_attn`, `path_type`, `decoder_hidden_size`, `encoder_depth`.
+    Raises InputError for sizes that do not fit and keywords that have no meaning here.
     """
 
     def __init__(
@@ -76,31 +62,14 @@ class SiT(nn.Module):
         projection_dim: int | None = None,
         implementation: str | None = None,
         checkpoint_blocks: bool = False,
-        **spellings: Any,
+        **compat_kwargs: Any,
     ) -> None:
+        config = checks.constructor_arguments(locals())
         super().__init__()
-        align_depth = check_spellings(spellings, hidden_size, align_depth)
-        implementation = implementation or "fused"
-        self._config = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "qk_norm": qk_norm,
-            "align_depth": align_depth,
-            "projector_layers": projector_layers,
-            "projector_dim": projector_dim,
-            "projection_dim": projection_dim,
-            "implementation": implementation,
-            "checkpoint_blocks": checkpoint_blocks,
-        }
-        check_arguments(**self._config)
+        config["align_depth"] = align_depth = checks.check_compat_kwargs(compat_kwargs, hidden_size, align_depth)
+        config["implementation"] = implementation = implementation or "fused"
+        checks.check_arguments(**config)
+        self._config = config
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -135,7 +104,7 @@ class SiT(nn.Module):
         self.initialize_weights()
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments; `SiT(**model.config())` has the same shape."""
+        """The constructor's arguments; `type(model)(**model.config())` has the same shape."""
         return dict(self._config)
 
     def initialize_weights(self) -> None:
@@ -156,17 +125,22 @@ class SiT(nn.Module):
             elif name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
                 _init_linear(module, nn.init.zeros_)
 
+    @property
+    def alignment_head(self) -> nn.Module | None:
+        """What the tokens of block `align_depth` go through before they are compared; None in a plain SiT."""
+        return self.projector
+
     def forward(
         self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
         *,
-        force_drop_ids: torch.Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
         return_projection: bool = False,
         return_hidden: int | None = None,
         loss_inputs: LossInputs | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor] | LossOutput:
         """The velocity at (x, t, y).
 
         x: (B, C, H, W) float32 or bf16 - the noisy latent. t: (B,) float - time. y: (B,) int - labels in
@@ -177,57 +151,50 @@ class SiT(nn.Module):
         loss_inputs: what `SRA2Loss` passes; then its LossOutput is returned instead.
         Raises InputError (TypeError for a dtype) naming the argument.
         """
-        wants_hidden = return_projection or (loss_inputs is not None and loss_inputs.needs_hidden)
-        if wants_hidden and self.projector is None:
-            raise InputError("SiT: there is no projector; build the model with align_depth=")
-        if return_hidden is not None and not 1 <= return_hidden <= self.depth:
-            raise must_be("SiT", "return_hidden", f"a block from 1 to {self.depth}", return_hidden)
-
-        tap = return_hidden or (self.align_depth if wants_hidden else None)
-        velocity_tokens, hidden = self.run_blocks(x, t, y, force_drop_ids, tap, stop=return_hidden is not None)
-        if velocity_tokens is None:
-            return hidden
+        tap, head = 0, self.alignment_head
+        if return_projection or (loss_inputs is not None and loss_inputs.needs_hidden):
+            if self.align_depth is None or head is None:
+                raise InputError("SiT: there is no projector; build the model with align_depth=")
+            tap = self.align_depth
+        if return_hidden is not None:
+            if not 1 <= return_hidden <= self.depth:
+                raise must_be("SiT", "return_hidden", f"a block from 1 to {self.depth}", return_hidden)
+            return closed(self._run_blocks(*self._embed(x, t, y, force_drop_ids), 0, return_hidden))
+        velocity_tokens, hidden = self.velocity_and_hidden(x, t, y, force_drop_ids, tap)
         if loss_inputs is not None:
-            return loss_inputs.evaluate(velocity_tokens, hidden, self.projector, self.patch_size, self.implementation)
+            return loss_inputs.evaluate(self, velocity_tokens, hidden)
         velocity = unpatchify(velocity_tokens, self.patch_size, *x.shape[2:])
         if return_projection:
-            assert self.projector is not None and hidden is not None
-            return velocity, self.projector(hidden)
+            assert head is not None
+            return velocity, head(hidden)
         return velocity
 
-    def run_blocks(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        force_drop_ids: torch.Tensor | None = None,
-        tap: int | None = None,
-        *,
-        stop: bool = False,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Everything `forward` and the models of `compat` have in common.
+    def velocity_and_hidden(
+        self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None, tap: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity tokens (B, N, P), and the tokens (B, N, D) after block `tap` (0: what enters the first block)."""
+        tokens, c = self._embed(x, t, y, force_drop_ids)
+        hidden = closed(self._run_blocks(tokens, c, 0, tap))
+        return self._velocity_half(self.final_layer(self._run_blocks(hidden, c, tap, self.depth), c)), hidden
 
-        tap: also return the tokens after this block; stop: run nothing after it.
-        Returns (velocity tokens (B, N, P) or None after a stop, tapped tokens (B, N, D) or None).
-        """
-        check_inputs(self, x, t, y, force_drop_ids)
-        tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
-        hidden = None
-        stream: torch.Tensor | Edge = tokens if self.checkpoint_blocks else Edge(tokens)
-        for number, block in enumerate(self.blocks, start=1):
-            if self.checkpoint_blocks and self.training:
-                stream = checkpoint(block, stream, c, use_reentrant=False)
-            else:
+    def _embed(self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) and conditioning (B, D)."""
+        checks.check_inputs(self, x, t, y, force_drop_ids)
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
+
+    def _run_blocks(self, tokens: Tensor, c: Tensor, start: int, stop: int) -> Tensor | PendingResidual:
+        """The tokens after block `stop`, given those after block `start`; open unless blocks are checkpointed."""
+        if not self.checkpoint_blocks:
+            stream = PendingResidual(tokens)
+            for block in islice(self.blocks, start, stop):
                 stream = block(stream, c)
-            if number == tap:
-                hidden = _closed(stream)
-                if stop:
-                    return None, hidden
-                stream = hidden if self.checkpoint_blocks else Edge(hidden)
-        return self._velocity_half(self.final_layer(stream, c)), hidden
+            return stream
+        # Closed, since a checkpoint keeps its block's inputs: of an open residual those are two (B, N, D), not one.
+        for block in islice(self.blocks, start, stop):
+            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.training else block(tokens, c)
+        return tokens
 
-    def _velocity_half(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _velocity_half(self, tokens: Tensor) -> Tensor:
         """(B, N, p p 2C) -> (B, N, p p C): leave out the sigma channels of a learn_sigma model."""
         if not self.learn_sigma:
             return tokens
@@ -235,9 +202,7 @@ class SiT(nn.Module):
         pixels = tokens.view(b, n, self.patch_size**2, self.out_channels)
         return pixels[..., : self.in_channels].flatten(2)
 
-    def forward_with_cfg(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float, channels: int | None = 3
-    ) -> torch.Tensor:
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance: v = v_null + cfg_scale (v_label - v_null) (arXiv 2207.12598, Eq. 6).
 
         x, t, y: batches of 2B - y holds the labels, then the null labels; x's second half is ignored.
@@ -245,7 +210,7 @@ class SiT(nn.Module):
             None (REPA and SRA).
         Returns (2B, C, H, W), the guided channels equal in both halves.
         """
-        check_guidance(self, x, channels)
+        checks.check_guidance(self, x, channels)
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         out = out[0] if isinstance(out, tuple) else out  # the models of compat return more
@@ -256,28 +221,7 @@ class SiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
-def _init_linear(linear: nn.Module, init_weight: Callable[[torch.Tensor], Any]) -> None:
+def _init_linear(linear: nn.Module, init_weight: Callable[[Tensor], Any]) -> None:
     assert isinstance(linear, nn.Linear)
     init_weight(linear.weight)
     nn.init.zeros_(linear.bias)
-
-
-def _closed(stream: torch.Tensor | Edge) -> torch.Tensor:
-    return stream.close() if isinstance(stream, Edge) else stream
-
-
-SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}  # depth, hidden, heads
-
-
-def _registered(size: str, patch_size: int) -> Any:
-    depth, hidden_size, num_heads = SIZES[size]
-
-    def build(**kwargs: Any) -> SiT:
-        return SiT(depth=depth, hidden_size=hidden_size, patch_size=patch_size, num_heads=num_heads, **kwargs)
-
-    build.__name__ = f"SiT_{size}_{patch_size}"
-    build.__doc__ = f"SiT-{size}/{patch_size}: {depth} blocks of width {hidden_size}, {num_heads} heads."
-    return build
-
-
-SiT_models = {f"SiT-{size}/{patch}": _registered(size, patch) for size in SIZES for patch in (1, 2, 4, 8)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from ..models import LossOutput
 from .sra2_loss import SRA2Loss
-from .terms import LossOutput
 
 __all__ = ["LossOutput", "SRA2Loss"]

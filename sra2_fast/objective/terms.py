@@ -7,23 +7,15 @@ see every weight that is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import must_be
+from ..models import LossOutput, SiT
 from ..ops.alignment_velocity_loss import alignment_loss, velocity_loss
 from ..ops.alignment_velocity_loss import alignment_velocity_loss as _fused
 from ..ops.alignment_velocity_loss import eager as _eager
-
-
-class LossOutput(NamedTuple):
-    """0-d float32 tensors; total = velocity + weight * align carries the gradient of both."""
-
-    total: torch.Tensor
-    velocity: torch.Tensor
-    align: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,71 +28,56 @@ class Terms:
     target_tokens: (B, N, F) features of an encoder or a teacher; None aligns with the latent itself.
     """
 
-    latents: torch.Tensor
-    noise: torch.Tensor
-    t: torch.Tensor
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
     path: str
     align: str | None
-    weight: float | torch.Tensor
+    weight: float | Tensor
     beta: float
-    target_tokens: torch.Tensor | None = None
+    target_tokens: Tensor | None = None
 
     @property
     def needs_hidden(self) -> bool:
         """Whether the tokens of the aligned block are wanted."""
         return self.align is not None
 
-    def evaluate(
-        self,
-        velocity_tokens: torch.Tensor,
-        hidden: torch.Tensor | None,
-        projector: nn.Sequential | None,
-        patch_size: int,
-        implementation: str,
-    ) -> LossOutput:
+    def evaluate(self, model: SiT, velocity_tokens: Tensor, hidden: Tensor) -> LossOutput:
         """The losses, from the model's velocity tokens (B, N, P) and the aligned block's tokens (B, N, D)."""
-        if self.align is None:
-            velocity = velocity_loss(velocity_tokens, self.latents, self.noise, self.t, patch_size, self.path)
-            return LossOutput(velocity, velocity.detach(), torch.zeros_like(velocity))
-        assert hidden is not None and projector is not None
-        if self.target_tokens is None:
-            velocity, align = self._against_latents(velocity_tokens, hidden, projector, patch_size, implementation)
+        batch = (velocity_tokens, self.latents, self.noise, self.t)
+        if self.align is not None and self.target_tokens is None:
+            velocity, align = self._against_latents(model, hidden, *batch)
         else:
-            velocity = velocity_loss(velocity_tokens, self.latents, self.noise, self.t, patch_size, self.path)
-            projection = projector(hidden)
-            width = self.target_tokens.shape[-1]
-            if projection.shape[-1] != width:
-                expected = f"{width}, the width of the target's tokens"
-                raise must_be("SRA2Loss", "the model's projection_dim", expected, projection.shape[-1])
-            if projection.shape != self.target_tokens.shape:
-                expected = f"(B, N, projection_dim) = {tuple(projection.shape)}"
-                raise must_be("SRA2Loss", "target tokens", expected, tuple(self.target_tokens.shape))
-            align = alignment_loss(projection, self.target_tokens, self.align, self.beta)
-        return LossOutput(velocity + self.weight * align, velocity.detach(), align.detach())
+            velocity = velocity_loss(*batch, model.patch_size, self.path)
+            align = self._against_tokens(model, hidden) if self.align is not None else torch.zeros_like(velocity)
+        total = velocity + self.weight * align if self.align is not None else velocity
+        return LossOutput(total, velocity.detach(), align.detach())
 
-    def _against_latents(
-        self,
-        velocity_tokens: torch.Tensor,
-        hidden: torch.Tensor,
-        projector: nn.Sequential,
-        patch_size: int,
-        implementation: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        last = projector[-1]
-        assert isinstance(last, nn.Linear) and self.align is not None
-        if last.out_features != velocity_tokens.shape[-1]:
-            expected = f"patch_size^2 C = {velocity_tokens.shape[-1]} for target='vae'"
-            raise must_be("SRA2Loss", "the model's projection_dim", expected, last.out_features)
-        op = _fused if implementation == "fused" else _eager
+    def _against_tokens(self, model: SiT, hidden: Tensor) -> Tensor:
+        head, target = model.alignment_head, self.target_tokens
+        assert head is not None and target is not None and self.align is not None
+        projection = head(hidden)
+        if projection.shape[-1] != target.shape[-1]:
+            expected = f"{target.shape[-1]}, the width of the target's tokens"
+            raise must_be("SRA2Loss", "the model's projection_dim", expected, projection.shape[-1])
+        if projection.shape != target.shape:
+            expected = f"(B, N, projection_dim) = {tuple(projection.shape)}"
+            raise must_be("SRA2Loss", "target tokens", expected, tuple(target.shape))
+        return alignment_loss(projection, target, self.align, self.beta)
+
+    def _against_latents(self, model: SiT, hidden: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        head, p_elements = model.alignment_head, batch[0].shape[-1]
+        assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear) and self.align is not None
+        if head[-1].out_features != p_elements:
+            expected = f"patch_size^2 C = {p_elements} for target='vae'"
+            raise must_be("SRA2Loss", "the model's projection_dim", expected, head[-1].out_features)
+        op = _fused if model.implementation == "fused" else _eager
         return op(
-            projector[:-1](hidden),
-            last.weight,
-            last.bias,
-            velocity_tokens,
-            self.latents,
-            self.noise,
-            self.t,
-            patch_size=patch_size,
+            head[:-1](hidden),
+            head[-1].weight,
+            head[-1].bias,
+            *batch,
+            patch_size=model.patch_size,
             path=self.path,
             align=self.align,
             beta=self.beta,

@@ -15,7 +15,7 @@ def time_from_uniform(u: torch.Tensor, time: str, path: str) -> torch.Tensor:
     """Map a uniform draw in (0, 1) to the training time, by the inverse distribution function.
 
     time: "uniform": t = u; "lognormal": sigma = exp(n), n ~ N(0, 1) (arXiv 2206.00364), as the noise-to-data ratio of
-        the path: t = sigma / (1 + sigma) on the linear one, t = (2 / pi) atan(sigma) on the cosine one.
+        the path: t = sigma / (1 + sigma) on the linear one, t = (2 / pi) atan(sigma) on the cosine path.
     """
     if time == "uniform":
         return u
