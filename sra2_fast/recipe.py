@@ -1,4 +1,4 @@
-"""The papers' recipes and our defaults: which block is aligned with what, how wide the heads are, what follows the step.
+"""The papers' recipes and our defaults: the aligned block, the teacher's, the heads, and what changes with the step.
 
 The trainer, the objective, the benchmarks and `configs/` read them from here. SRA 2: arXiv 2601.17830; REPA: arXiv
 2410.06940; SRA: arXiv 2505.02831. Pure functions of numbers and names: no torch.
@@ -41,8 +41,8 @@ def teacher_depth(depth: int, align_depth: int) -> int:
 
 
 def projector(target: str, hidden_size: int, feature_dim: int | None = None) -> dict[str, Any]:
-    """Arguments of SiT's projector: SRA 2's five layers to the latent's patch, REPA's three to the encoder's width, SRA's
-    two to the model's own."""
+    """Arguments of SiT's projector: SRA 2's five layers to the latent's patch, REPA's three to the encoder's width,
+    SRA's two to the model's own."""
     if target == "features":
         return {"projector_layers": 3, "projector_dim": 2048, "projection_dim": feature_dim}
     if target == "teacher":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: two processes of two threads fight for two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +25,25 @@ def _same_draws_every_time() -> None:
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """A trainer whose pieces a test can reach into, before or after it runs."""
+    from runs import tiny
+
+    from sra2_fast.data import open_data
+    from sra2_fast.train import build
+    from sra2_fast.train.loop import Trainer
+    from sra2_fast.train.run_directory import RunDirectory
+
+    directories = []
+
+    def make(name: str = "run", **changes: Any) -> Any:
+        options = build.resolve(tiny(tmp_path / name, **changes))
+        directories.append(RunDirectory(options.out))
+        return Trainer(options, open_data(options.data), directories[-1])
+
+    yield make
+    for directory in directories:
+        directory.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from sra2_fast.checkpoints import training as ck
 from sra2_fast.errors import InputError
@@ -210,19 +211,37 @@ def test_an_optimizer_comes_back_bitwise_through_safetensors_and_json(tmp_path: 
         optimizer.step()
         optimizer.zero_grad()
     names = [name for name, _ in model.named_parameters()]
-    packed = optimizer.state_dict()
-    tensors, rest = ck.split_optimizer(packed, names)
+    tensors, rest = ck.split_optimizer(get_optimizer_state_dict(model, optimizer))
     path = ck.save_checkpoint(tmp_path, 3, model=model.state_dict(), optimizer=tensors, state={"optimizer": rest})
     loaded = ck.load_checkpoint(path)
     joined = ck.join_optimizer(loaded.optimizer, loaded.state["optimizer"], names)
     assert joined["param_groups"][0]["lr"] == 0.1 and tuple(joined["param_groups"][0]["betas"]) == (0.85, 0.999)
-    assert set(joined["state"]) == set(packed["state"]) and len(joined["state"]) == 4
-    for index, entry in packed["state"].items():
-        assert set(joined["state"][index]) == set(entry) >= {"step", "exp_avg", "exp_avg_sq", "ema"}
-        for key, value in entry.items():
-            assert torch.equal(joined["state"][index][key], value)
+    assert list(joined["state"]) == names
+    fresh = AdamWEMA(model.named_parameters(), lr=0.5, ema_decay=0.9)
+    set_optimizer_state_dict(model, fresh, joined)
+    assert fresh.param_groups[0]["lr"] == 0.1 and not fresh.skipped_steps
+    for parameter in model.parameters():
+        want, got = optimizer.state[parameter], fresh.state[parameter]
+        assert set(got) == set(want) == {"step", "exp_avg", "exp_avg_sq", "ema"}
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+def test_the_state_of_a_checkpoint_with_numbered_parameters_still_loads() -> None:
+    """The first checkpoints numbered the parameters of a group; their names stood beside."""
+    model = small_model()
+    optimizer = AdamWEMA(model.named_parameters(), lr=0.1)
+    model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    packed = optimizer.state_dict()
+    names = packed["param_groups"][0]["param_names"]
+    tensors = {f"{names[i]}/{key}": value for i, entry in packed["state"].items() for key, value in entry.items()}
+    rest = {"param_groups": packed["param_groups"], "numbers": {}}
+    fresh = AdamWEMA(model.named_parameters(), lr=0.5)
+    set_optimizer_state_dict(model, fresh, ck.join_optimizer(tensors, rest, names))
+    for parameter in model.parameters():
+        assert all(torch.equal(fresh.state[parameter][key], v) for key, v in optimizer.state[parameter].items())
 
 
 def test_the_state_of_another_model_is_refused() -> None:
     with pytest.raises(InputError, match=r"no parameter is named blocks\.9\.weight"):
-        ck.join_optimizer({"blocks.9.weight/exp_avg": torch.ones(1)}, {"numbers": {}}, ["blocks.0.weight"])
+        ck.join_optimizer({"blocks.9.weight/exp_avg": torch.ones(1)}, {"param_groups": []}, ["blocks.0.weight"])

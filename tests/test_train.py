@@ -2,81 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import TINY, around, assert_same_checkpoint, final, records, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sra2_fast.checkpoints import load_checkpoint
-from sra2_fast.data import open_data
 from sra2_fast.errors import InputError
-from sra2_fast.train import TrainOptions, build, loop
-from sra2_fast.train.diagnosis import NonFiniteLoss, StepHistory, name_terms
+from sra2_fast.train import build, loop
 from sra2_fast.train.loop import Trainer, train
-from sra2_fast.train.run_directory import RunDirectory
-
-TINY = TrainOptions(
-    model="16,3,2,4",
-    batch_size=8,
-    lr=1e-3,
-    steps=40,
-    log_every=10,
-    checkpoint_every=1000,
-    sample_every=0,
-    precision="fp32",
-    device="cpu",
-)
-
-
-def tiny(out: Path, **changes: Any) -> TrainOptions:
-    return dataclasses.replace(TINY, out=str(out), **changes)
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    """A trainer whose pieces a test can reach into, before or after it runs."""
-    directories = []
-
-    def make(name: str = "run", **changes: Any) -> Trainer:
-        options = build.resolve(tiny(tmp_path / name, **changes))
-        directories.append(RunDirectory(options.out))
-        return Trainer(options, open_data(options.data), directories[-1])
-
-    yield make
-    for directory in directories:
-        directory.close()
-
-
-def final(out: Path, step: int = 40) -> Path:
-    return out / "checkpoints" / f"step-{step:08d}"
-
-
-def records(out: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
-
-
-def assert_same_checkpoint(a: Path, b: Path) -> None:
-    left, right = load_checkpoint(a), load_checkpoint(b)
-    assert left.ema is not None and right.ema is not None
-    for name in ("model", "ema", "optimizer"):
-        these, those = getattr(left, name), getattr(right, name)
-        assert these.keys() == those.keys() and these
-        for key, value in these.items():
-            assert torch.equal(value, those[key]), f"{name}: {key}"
-    assert left.state["optimizer"] == right.state["optimizer"]
+from sra2_fast.train.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +65,13 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_was(
 ) -> None:
     """At step 23 of log intervals of 10: the losses of steps 21 to 23 must be in the record of step 30."""
     run = trainer()
-    take_step = run._take_step
 
-    def take_step_and_signal(batch: Any) -> None:
-        take_step(batch)
+    def signal_after(take_step: TrainStep, microbatches: Any) -> None:
+        take_step(microbatches)
         if run.step == 23:
             os.kill(os.getpid(), number)
 
-    run._take_step = take_step_and_signal  # type: ignore[method-assign]
+    run.take_step = around(run.take_step, signal_after)
     before = signal.getsignal(number)
     result = run.train()
     assert (result.step, result.exit_code) == (23, code)
@@ -238,19 +183,18 @@ def test_no_step_waits_for_the_device(trainer: Callable[..., Trainer]) -> None:
             return func(*args, **(kwargs or {}))
 
     run = trainer(steps=3, log_every=100)
-    take_step = run._take_step
 
-    def watched(batch: Any) -> None:
+    def watched(take_step: TrainStep, microbatches: Any) -> None:
         with Watch():
-            take_step(batch)
+            take_step(microbatches)
 
-    run._take_step = watched  # type: ignore[method-assign]
+    run.take_step = around(run.take_step, watched)
     run.train()
     assert run.step == 3
     assert {Path(name).name for name in readers} <= {"adamw_ema.py", "optim.py", "checks.py"}
     readers.clear()
     with Watch():
-        run.history._rows[0, 0].item()
+        run.optimizer.grad_norm.item()
     assert len(readers) == 1, "the watch itself must see a read"
 
 
@@ -290,84 +234,10 @@ def test_bf16_is_near_float32(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_and_the_average_warm_up() -> None:
-    options = tiny(Path("unused"), lr_warmup=10, ema_decay=0.9)
-    assert [build.learning_rate(options, step) for step in (1, 5, 10, 1000)] == [1e-4, 5e-4, 1e-3, 1e-3]
-    assert build.ema_decay(options, 1) == 2 / 11
-    assert build.ema_decay(options, 10_000) == 0.9
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_of_before(trainer: Callable[..., Trainer]) -> None:
-    """lr 1e30 makes weights of 1e30 in step 1, so the loss of step 2 overflows; the host looks at step 10 only."""
-    good = trainer("good", lr=1e30, steps=1)
-    good.train()
-    bad = trainer("bad", lr=1e30)
-    message = r"step 2: velocity.* is not finite \(.*\); .*; largest \|activation\| by block: 1:\S+ 2:\S+ 3:\S+; try"
-    with pytest.raises(NonFiniteLoss, match=message) as caught:
-        bad.train()
-    assert "\n" not in str(caught.value)
-    assert bad.step == 10
-    for one, other in zip(good.model.parameters(), bad.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert not (bad.directory.checkpoints).exists()
-
-
-def test_the_checkpoint_before_a_bad_loss_is_intact_and_named(tmp_path: Path) -> None:
-    train(tiny(tmp_path, steps=20))
-    saved = {path.name: path.read_bytes() for path in final(tmp_path, 20).iterdir()}
-    resumed = tiny(tmp_path, lr=1e30, resume=str(final(tmp_path, 20)))
-    with pytest.raises(NonFiniteLoss, match=r"step 22: .*go on from .*step-00000020 with --resume and a lower --lr"):
-        train(resumed)
-    assert {path.name: path.read_bytes() for path in final(tmp_path, 20).iterdir()} == saved
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
-
-
-def test_an_infinite_gradient_is_named_as_such(trainer: Callable[..., Trainer]) -> None:
-    run = trainer()
-    weight = run.model.final_layer.linear.weight
-    weight.register_hook(lambda gradient: gradient * math.inf if run.step == 4 else gradient)
-    with pytest.raises(
-        NonFiniteLoss,
-        match=r"step 5: gradient is not finite \(velocity 1\.\d+, align -0\.\d+, gradient norm (nan|inf)\)",
-    ):
-        run.train()
-
-
-def test_an_infinite_alignment_is_named_as_such(trainer: Callable[..., Trainer]) -> None:
-    run = trainer()
-    real = run.loss_fn
-
-    class Spoiled:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-        def __call__(self, *args: Any, step: int, **kwargs: Any) -> Any:
-            out = real(*args, step=step, **kwargs)
-            return out if step != 12 else out._replace(total=out.total + math.inf, align=out.align + math.inf)
-
-    run.loss_fn = Spoiled()  # type: ignore[assignment]
-    with pytest.raises(NonFiniteLoss, match=r"step 13: align is not finite"):
-        run.train()
-    assert [record["step"] for record in records(Path(run.options.out))] == [10]
-
-
-def test_the_flag_multiplies_gradients_by_exactly_one_until_it_is_set() -> None:
-    history = StepHistory(4, torch.device("cpu"))
-    weight = torch.randn(5, requires_grad=True)
-    history.backward(weight.square().sum())
-    assert weight.grad is not None and torch.equal(weight.grad, 2 * weight.detach())
-    history.record(*torch.tensor([1.0, 2.0, math.inf]))
-    history.record(*torch.tensor([1.0, 2.0, 3.0]))
-    weight.grad = None
-    history.backward(weight.square().sum())
-    assert weight.grad is not None and weight.grad.isnan().all()
-    assert history.read() == [[1.0, 2.0, math.inf], [1.0, 2.0, 3.0]]
-
-
-def test_terms_are_named_by_their_loss_first() -> None:
-    nan = math.nan
-    assert name_terms([nan, nan, nan]) == "velocity and align"
-    assert name_terms([1.0, nan, nan]) == "align"
-    assert name_terms([1.0, 1.0, nan]) == "gradient"
+    at = build.build_schedule(tiny(Path("unused"), lr_warmup=10, ema_decay=0.9)).at
+    assert [at(step)["lr"] for step in (1, 5, 10, 1000)] == [1e-4, 5e-4, 1e-3, 1e-3]
+    assert at(1)["ema_decay"] == 2 / 11
+    assert at(10_000)["ema_decay"] == 0.9
 
 
 def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(

@@ -65,7 +65,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ({"target": "teacher", "teacher_depth": 3}, r"--teacher-depth must be a block from 1 to 2, .* got 3"),
         ({"vae": "/no/such/vae", "sample_every": 1}, r"vae: the data are grayscale pixels.*leave out /no/such/vae"),
         ({"data": "/no/such/folder"}, r"/no/such/folder does not exist"),
-        ({"target": "features"}, r"--target features needs encoder features"),
+        ({"target": "features"}, r"--target must be one of vae, teacher, got 'features'"),
         ({"resume": "/no/such/checkpoint"}, r"checkpoint /no/such/checkpoint: no state\.json there"),
         ({"vae": "/no/such/vae", "data": "digits", "device": "cuda"}, r"--device cuda: this torch sees no GPU"),
     ],

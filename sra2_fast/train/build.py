@@ -29,12 +29,15 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if precision == "auto":
         precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
     on_gpu = device == "cuda"
-    depth = model_sizes(options.model, "train: --model")["depth"]
+    depth = model_sizes(options.model, "train")["depth"]
     for name in ("align_depth", "teacher_depth"):
         block = getattr(options, name)
         if block is not None and block > depth:
             expected = f"a block from 1 to {depth}, the depth of --model {options.model}"
             raise must_be("train", f"--{name.replace('_', '-')}", expected, block)
+    has_align = options.align != "none"
+    align_depth = options.align_depth or recipe.align_depth(options.model, depth, options.target)
+    align_weight = recipe.ALIGN_WEIGHT.get(options.align, 0.0) if options.align_weight is None else options.align_weight
     has_linear_schedule = options.align_schedule == "linear"
     return dataclasses.replace(
         options,
@@ -43,10 +46,8 @@ def resolve(options: TrainOptions) -> TrainOptions:
         implementation="fused" if options.implementation == "auto" else options.implementation,
         compile=on_gpu if options.compile is None else options.compile,
         workers=(LOADER_WORKERS_ON_GPU if on_gpu else 0) if options.workers is None else options.workers,
-        align_weight=recipe.ALIGN_WEIGHT.get(options.align, 0.0) if options.align_weight is None else options.align_weight,
-        align_depth=None
-        if options.align == "none"
-        else options.align_depth or recipe.align_depth(options.model, depth, options.target),
+        align_weight=align_weight,
+        align_depth=align_depth if has_align else None,
         align_schedule_steps=options.align_schedule_steps or (options.steps if has_linear_schedule else None),
     )
 
@@ -54,7 +55,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
 def build_model(options: TrainOptions, source: LatentSource) -> SiT:
     """The model on the CPU, its weights a function of the seed alone. options: resolved."""
     channels, height, width = source.shape
-    sizes = model_sizes(options.model, "train: --model")
+    sizes = model_sizes(options.model, "train")
     if height != width:
         raise must_be("train", f"latents of {source.name}", "square", f"{height}x{width}")
     if height % sizes["patch_size"]:

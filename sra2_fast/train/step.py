@@ -9,6 +9,7 @@ It waits for nothing: figures stay on the device until `history.read()`, and a l
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class TrainStep:
                 group.update(settings)
         count = sum(len(batch.labels) for batch in microbatches)
         parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
-        total, velocity, align = parts[0] if len(parts) == 1 else map(sum, zip(*parts, strict=True))
+        total, velocity, align = (functools.reduce(torch.add, part) for part in zip(*parts, strict=True))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         result = StepResult(total, velocity, align, self.optimizer.grad_norm)
@@ -99,7 +100,7 @@ class TrainStep:
             teacher_uniform=batch.teacher_uniform,
         )
         with self.autocast():
-            features = None if self.encoder is None else self.encoder(batch.images)
+            features = None if self.encoder is None or batch.images is None else self.encoder(batch.images)
             given = {**draws._asdict(), "features": features, "teacher": self.teacher}
             return self.loss_fn(network, batch.latents, batch.labels, step=step, **given)
 
