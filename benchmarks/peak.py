@@ -7,9 +7,12 @@ faster (13 % on an H200 in bf16). `python benchmarks/peak.py [--device cuda]` pr
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from lib.timing import device_name, interleave
+from lib.timing import Timing, device_name, interleave
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
@@ -30,6 +33,36 @@ def product_flop_per_s(
     out = torch.empty(size, size, device=device, dtype=dtype)
     timing = interleave({"product": lambda: torch.mm(a, b, out=out)}, device=device, rounds=rounds, warmup=2)["product"]
     return 2 * size**3 / (timing.ms_median * 1e-3)
+
+
+class Product(NamedTuple):
+    """A matrix product among a step's timings: its call and its FLOPs."""
+
+    call: Callable[[], object]
+    flops: int
+
+
+def step_products(
+    config: Mapping[str, Any], batch_size: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Product]:
+    """The two largest products of a SiT's forward, at the step's own shapes: tokens by D by the MLP's width, and back.
+
+    Timed between the steps and the best of all rounds taken, they are the rate that an MFU divides by: a square product
+    measured once, on a machine busier then than later, gave an MFU of 1.27.
+    """
+    tokens = batch_size * (config["input_size"] // config["patch_size"]) ** 2
+    width, wide = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    found = {}
+    for name, inner, outer in (("product in", width, wide), ("product out", wide, width)):
+        a, b = torch.randn(tokens, inner, device=device).to(dtype), torch.randn(inner, outer, device=device).to(dtype)
+        out = torch.empty(tokens, outer, device=device, dtype=dtype)
+        found[name] = Product(functools.partial(torch.mm, a, b, out=out), 2 * tokens * inner * outer)
+    return found
+
+
+def best_flop_per_s(products: Mapping[str, Product], timings: Mapping[str, Timing]) -> float:
+    """The highest rate of any product in any round."""
+    return max(one.flops / (min(timings[name].samples_ms) * 1e-3) for name, one in products.items())
 
 
 def copy_bytes_per_s(device: torch.device | str, rounds: int = 9, nbytes: int | None = None) -> float:

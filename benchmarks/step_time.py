@@ -18,64 +18,38 @@ from pathlib import Path
 
 import torch
 from lib.energy import EnergyMeter
-from lib.step_rows import PRECISIONS, ROWS, Setting, TrainingStep, check_setting
+from lib.step_rows import DTYPES, ROWS, Setting, StepRow, add_setting_arguments, prepared, resolve_setting
 from lib.timing import Timing, append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
-from peak import product_flop_per_s
+from peak import best_flop_per_s, step_products
 from tqdm import tqdm
 
-from sra2_fast import backends
 from sra2_fast.errors import InputError, must_be
 
 WARMUP = 1
+ROUNDS = (5, 20)  # on a CPU, on a GPU
 ENERGY_SECONDS = 2.0
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="step_time", description="What SRA 2 costs a training step.")
-    parser.add_argument("--model", help="registry name or 'D,depth,heads,patch' [SiT-S/2; on a GPU SiT-XL/2]")
-    parser.add_argument("--batch-size", type=int, help="images a step [4; on a GPU 32]")
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    add_setting_arguments(parser, cpu_batch_size=4)
     parser.add_argument("--implementation", choices=("eager", "fused"), help="[fused where its kernels are there]")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
-    parser.add_argument("--steps", type=int, help="timed rounds, one step of every row each [5; on a GPU 20]")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
-    parser.add_argument("--json", metavar="FILE", help="append one JSON object a row")
     parser.add_argument("--plot", metavar="FILE", help="draw what --json FILE holds, as PNG or SVG")
     return parser.parse_args(argv)
 
 
 def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
     """(setting, rows, steps) with every default filled in. Raises InputError naming the option."""
-    has_gpu = torch.cuda.is_available()
-    name = args.device or ("cuda" if has_gpu else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise must_be("step_time", "--device", "cpu or cuda", name)
-    device = torch.device(name)
-    if device.type == "cuda" and not has_gpu:
-        raise InputError("step_time: --device cuda: torch sees no GPU here; leave the option out or use cpu")
-    on_gpu = device.type == "cuda"
     rows = [row.strip() for row in args.rows.split(",") if row.strip()]
     unknown = [row for row in rows if row not in ROWS]
     if unknown or not rows:
         raise must_be("step_time", "--rows", f"some of {','.join(ROWS)}", unknown[0] if unknown else repr(args.rows))
-    batch_size = (32 if on_gpu else 4) if args.batch_size is None else args.batch_size
-    steps = (20 if on_gpu else 5) if args.steps is None else args.steps
-    for option, value in (("--batch-size", batch_size), ("--steps", steps)):
-        if value < 1:
-            raise must_be("step_time", option, "1 or more", value)
     if args.plot and not args.json:
         raise InputError("step_time: --plot draws what --json FILE holds; give both")
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
-    model = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
-    implementation = chosen_implementation(args.implementation, device)
-    setting = Setting(model, batch_size, precision, implementation, args.compile, device)
-    check_setting(setting)
-    return setting, list(dict.fromkeys(rows)), steps
+    setting = resolve_setting(args, "step_time", args.implementation, ROUNDS)
+    return setting, list(dict.fromkeys(rows)), args.steps
 
 
 def check_can_append(path: str) -> None:
@@ -87,35 +61,15 @@ def check_can_append(path: str) -> None:
         raise InputError(f"step_time: --json {path} cannot be written ({error.strerror}); name another file") from error
 
 
-def chosen_implementation(asked: str | None, device: torch.device) -> str:
-    """`fused` where its kernels are there, else `eager`, with a line that says so.
-
-    Raises InputError where `fused` was asked for and is not there.
-    """
-    if device.type == "cuda":
-        is_there, what, found = backends.cuda_kernels() is not None, "Triton", backends.status()["triton"]
-    else:
-        is_there, what, found = backends.has_extension("cpu"), "the extension", backends.status()["cpu_extension"]
-    if is_there or asked == "eager":
-        return asked or "fused"
-    if asked == "fused":
-        raise InputError(f"step_time: --implementation fused on {device.type} needs {what}: {found}; use eager")
-    print(f"step_time: {what}: {found}; measuring --implementation eager", file=sys.stderr)
-    return "eager"
-
-
 def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, object]]:
     """Build, check and time the rows; one record a row, in order.
 
     Raises InputError for a model that cannot be built, RuntimeError where a step computes something wrong.
     """
-    if setting.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    total = len(rows) * (2 + WARMUP + steps) + 1
+    products = step_products(setting.config(), setting.batch_size, DTYPES[setting.precision], setting.device)
+    total = len(rows) * (2 + WARMUP + steps)
     with tqdm(total=total, desc=f"{setting.model}, batch {setting.batch_size}", unit="step", leave=False) as bar:
-        product_rate = product_flop_per_s(setting.device, DTYPES[setting.precision])
-        bar.update()
-        step_of: dict[str, TrainingStep] = {}
+        step_of: dict[str, StepRow] = {}
         peak_bytes: dict[str, int] = {}
         for row in rows:
             bar.set_postfix_str(f"{row}: build and check")
@@ -128,10 +82,13 @@ def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, obj
 
         def after(row: str) -> None:
             bar.set_postfix_str(row)
-            bar.update()
+            bar.update(row in rows)
 
         calls = {row: keeping_loss(row, step_of[row], losses) for row in rows}
+        # The machine's product rate is measured among the steps: before or after them it may be another machine's.
+        calls.update({name: product.call for name, product in products.items()})
         timings = interleave(calls, device=setting.device, rounds=steps, warmup=WARMUP, on_call=after)
+        product_rate = best_flop_per_s(products, timings)
         bar.set_postfix_str("energy")
         joules = joules_per_image(setting, step_of)
     for row in rows:
@@ -145,16 +102,7 @@ def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, obj
     ]
 
 
-def prepared(row: str, setting: Setting) -> TrainingStep:
-    """The row, checked, after a first step: compiled, its optimizer's state there."""
-    step = TrainingStep(row, setting)
-    step.check()
-    step.remember()
-    step()
-    return step
-
-
-def keeping_loss(row: str, step: TrainingStep, losses: dict[str, torch.Tensor]) -> Callable[[], object]:
+def keeping_loss(row: str, step: StepRow, losses: dict[str, torch.Tensor]) -> Callable[[], object]:
     """The step, its last loss left in `losses` for the check afterwards."""
 
     def call() -> None:
@@ -163,7 +111,7 @@ def keeping_loss(row: str, step: TrainingStep, losses: dict[str, torch.Tensor]) 
     return call
 
 
-def joules_per_image(setting: Setting, step_of: dict[str, TrainingStep]) -> dict[str, float]:
+def joules_per_image(setting: Setting, step_of: dict[str, StepRow]) -> dict[str, float]:
     """Energy of the GPU a training image, every row alone for about two seconds; empty on a CPU or without NVML."""
     meter = EnergyMeter.of(setting.device)
     if meter is None:
@@ -182,18 +130,13 @@ def joules_per_image(setting: Setting, step_of: dict[str, TrainingStep]) -> dict
 
 
 def record(
-    step: TrainingStep, timing: Timing, baseline: Timing | None, baseline_step: TrainingStep | None, product_rate: float
+    step: StepRow, timing: Timing, baseline: Timing | None, baseline_step: StepRow | None, product_rate: float
 ) -> dict[str, object]:
     """The figures of one row; overhead and GFLOP share are None where the baseline was not measured."""
     setting = step.setting
     images_per_s = setting.batch_size / timing.ms_median * 1e3
     return {
-        "row": step.row,
-        "model": setting.model,
-        "batch_size": setting.batch_size,
-        "implementation": setting.implementation,
-        "precision": setting.precision,
-        "compiled": setting.is_compiled,
+        **step.about(),
         **timing.quantiles(),
         "images_per_s": images_per_s,
         "overhead_percent": overhead_percent(timing, baseline) if baseline is not None else None,

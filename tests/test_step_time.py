@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sra2_fast import SiT, SiT_models
+from sra2_fast import SiT, SiT_models, backends, recipe
+from sra2_fast.train.step import TrainStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -18,7 +19,7 @@ import fused_speedup
 import plot
 import step_time
 from lib import counting, step_rows
-from lib.step_rows import ROWS, Setting, TrainingStep
+from lib.step_rows import ROWS, Setting, StepRow
 from lib.timing import Timing
 
 TINY = ["--model", "32,2,2,8", "--batch-size", "2", "--steps", "2"]
@@ -56,12 +57,6 @@ def setting(**changes: object) -> Setting:
         "device": torch.device("cpu"),
     }
     return Setting(**{**values, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    rate = step_time.product_flop_per_s
-    monkeypatch.setattr(step_time, "product_flop_per_s", lambda device, dtype: rate(device, dtype, rounds=3, size=256))
 
 
 @pytest.fixture
@@ -115,7 +110,7 @@ def test_overhead_is_paired_by_round() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "SiT-M/3"], "--model must be 'D,depth,heads,patch' or one of SiT-B/1.* got 'SiT-M/3'"),
+        (["--model", "SiT-M/3"], "--model SiT-M/3 is not known; did you mean .*'hidden_size,depth,heads,patch'"),
         (["--model", "32,2,3,8"], "hidden_size must be divisible by num_heads = 3, got 32"),
         (["--rows", "baseline,dino"], "--rows must be some of baseline,.*got dino"),
         (["--rows", ","], "--rows must be some of baseline"),
@@ -139,16 +134,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_fused_where_its_kernels_are_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(step_time.backends, "has_extension", lambda kind: False)
+    missing = backends.Choice("pytorch", "c++: not built")
+    monkeypatch.setattr(backends, "choose", lambda op, device_type: missing)
     cpu = [*TINY, "--device", "cpu", "--precision", "fp32", "--rows", "baseline"]
     assert step_time.main([*cpu, "--implementation", "fused"]) == 2
-    assert re.search("--implementation fused on cpu needs the extension: .*; use eager", capsys.readouterr().err)
+    line = r"--implementation fused: on cpu there are no kernels \(c\+\+: not built\); use eager"
+    assert re.search(line, capsys.readouterr().err)
     assert step_time.main(cpu) == 0
     told = capsys.readouterr()
     assert "measuring --implementation eager" in told.err and "eager, fp32" in told.out
 
 
-needs_extension = pytest.mark.skipif(not step_time.backends.has_extension("cpu"), reason="the extension is not built")
+needs_extension = pytest.mark.skipif(not backends.has_extension("cpu"), reason="the extension is not built")
 
 
 @needs_extension
@@ -175,11 +172,11 @@ def test_fused_speedup_times_both_on_the_same_batches(tmp_path: Path, capsys: py
 
 @needs_extension
 def test_the_fused_teacher_is_the_optimizers_average() -> None:
-    step = TrainingStep("sra", setting(implementation="fused"))
+    step = StepRow("sra", setting(implementation="fused"))
     step()
     step()
-    averages = step.optimizer.ema_state_dict()  # type: ignore[attr-defined]
-    teacher = dict(step.teacher.named_parameters())  # type: ignore[union-attr]
+    averages = step.optimizer.ema_state_dict()
+    teacher = dict(step.step.teacher.named_parameters())  # type: ignore[union-attr]
     assert len(averages) > 20
     for name, average in averages.items():
         assert torch.equal(teacher[name], average), name
@@ -194,7 +191,7 @@ def test_asking_for_an_absent_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_wrong_step_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     assert step_time.main([*EAGER, "--rows", "baseline"]) == 1
     assert "row baseline: the timed steps did not train the model" in capsys.readouterr().err
 
@@ -202,69 +199,73 @@ def test_a_wrong_step_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_nan_in_a_timed_step_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = TrainingStep.loss
-    monkeypatch.setattr(TrainingStep, "loss", lambda *a: loss(*a) * float("nan"))
+    losses = TrainStep.losses
+    nan = float("nan")
+    monkeypatch.setattr(TrainStep, "losses", lambda *a: (one := losses(*a))._replace(total=one.total * nan))
     assert step_time.main([*EAGER, "--rows", "baseline"]) == 1
     assert "row baseline: the loss became nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row", ["baseline", "sra2-cosine", "sra2-smooth-l1", "sra"])
 def test_the_check_holds_bf16_to_a_float32_eager_model(row: str) -> None:
-    step = TrainingStep(row, setting(precision="bf16", batch_size=3))
+    step = StepRow(row, setting(precision="bf16", batch_size=3))
     step.check()
-    step.loss_fn.align_weight += 0.5  # now the timed step computes something else than what it is held to
-    reference = step._reference()
-    step.loss_fn.align_weight -= 0.5
-    step._reference = lambda: reference  # type: ignore[method-assign]
+    step.step.loss_fn.align_weight += 0.5  # now the timed step computes something else than what it is held to
+    reference = step.reference()
+    step.step.loss_fn.align_weight -= 0.5
+    step.reference = lambda: reference  # type: ignore[method-assign]
     if row != "baseline":
         with pytest.raises(RuntimeError, match=f"row {row}: .*a float32 eager model says"):
             step.check()
 
 
 def test_the_check_sees_a_wrong_gradient() -> None:
-    step = TrainingStep("sra2-cosine", setting(precision="bf16"))
+    step = StepRow("sra2-cosine", setting(precision="bf16"))
     step.sit.final_layer.linear.weight.register_hook(lambda grad: 2 * grad)
     with pytest.raises(RuntimeError, match=r"gradient norm is .* a float32 eager model says"):
         step.check()
 
 
 def test_the_eager_step_is_clip_adamw_and_ema() -> None:
-    step = TrainingStep("sra2-cosine", setting())
-    other = TrainingStep("sra2-cosine", setting())
+    step = StepRow("sra2-cosine", setting())
+    other = StepRow("sra2-cosine", setting())
     assert all(torch.equal(a, b) for a, b in zip(step.sit.parameters(), other.sit.parameters(), strict=True))
     before = {name: p.detach().clone() for name, p in step.sit.named_parameters()}
     step()
-    other.loss(other.sit, other.batches[0]).backward()
+    other.step.losses(other.sit, other.batches[0], 0).total.backward()
     norm = step_rows.grad_norm(other.sit)
-    averages = dict(step.ema_model.named_parameters())
+    averages = dict(step.average.named_parameters())
     for (name, after), twin in zip(step.sit.named_parameters(), other.sit.parameters(), strict=True):
         if twin.grad is None:
             continue
         grad = twin.grad * min(1.0, 1.0 / (norm + 1e-6))
         # The first AdamW step, where both bias-corrected moments are the gradient itself.
-        want = before[name] - step_rows.LR * grad / (grad.abs() + 1e-8)
-        torch.testing.assert_close(after, want, rtol=0, atol=1e-3 * step_rows.LR)
-        average = before[name] + (1 - step_rows.EMA_DECAY) * (after - before[name])
+        want = before[name] - recipe.LR * grad / (grad.abs() + 1e-8)
+        torch.testing.assert_close(after, want, rtol=0, atol=1e-3 * recipe.LR)
+        average = before[name] + (1 - 2 / 11) * (after - before[name])  # the decay of the first update
         torch.testing.assert_close(averages[name], average, rtol=1e-6, atol=1e-9)
     assert all(p.grad is None for p in step.sit.parameters())
 
 
 def test_rows_use_the_blocks_of_their_papers() -> None:
-    assert [step_rows.align_depth("sra2-cosine", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [2, 2, 8, 8]
-    assert [step_rows.align_depth("sra", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [4, 4, 4, 8]
-    assert [step_rows.align_depth("repa", f"SiT-{size}/2", 0) for size in ("S", "B", "L", "XL")] == [4, 4, 8, 8]
-    assert step_rows.align_depth("repa", "64,12,2,2", 12) == 3 and step_rows.align_depth("sra", "64,2,2,2", 2) == 1
+    def blocks(target: str) -> list[int]:
+        return [recipe.align_depth(f"SiT-{size}/2", 0, target) for size in ("S", "B", "L", "XL")]
+
+    assert (blocks("vae"), blocks("teacher"), blocks("features")) == ([2, 2, 8, 8], [4, 4, 4, 8], [4, 4, 8, 8])
+    assert recipe.align_depth("64,12,2,2", 12, "features") == 3 and recipe.align_depth("64,2,2,2", 2, "teacher") == 1
+    assert [recipe.teacher_depth(depth, 8) for depth in (28, 24, 12)] == [20, 16, 12]
 
 
 def test_persistent_bytes_count_each_tensor_once() -> None:
-    step = TrainingStep("baseline", setting())
+    step = StepRow("baseline", setting())
     step()
     weights = sum(p.numel() for p in step.sit.parameters())
-    trained = sum(p.numel() for p in step.trained())
-    batches = sum(t.numel() * t.element_size() for b in step.batches for t in vars(b).values() if t is not None)
+    trained = sum(p.numel() for p in step.sit.parameters() if p.requires_grad)
+    trained_tensors = sum(p.requires_grad for p in step.sit.parameters())
+    batches = sum(t.numel() * t.element_size() for b in step.batches for t in b if t is not None)
     # weights and averages, two moments and a step count a trained parameter; storages of a batch are shared slices
     least = 4 * (2 * weights + 2 * trained) + batches
-    assert least <= step.persistent_bytes() <= least + 16 * len(step.trained()) + 3 * batches
+    assert least <= step.persistent_bytes() <= least + 16 * trained_tensors + 3 * batches
 
 
 @pytest.mark.parametrize("qkv", [(48, 2, 3, 4), (32, 3, 2, 8)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import step_time
 import torch
-from lib.step_rows import Setting, TrainingStep, fill_zeros
+from lib.step_rows import Setting, StepRow, fill_zeros
 
 from sra2_fast import SiT, SRA2Loss
 
@@ -31,7 +31,7 @@ def setting(**changes: object) -> Setting:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("row", ROWS)
 def test_fused_step_agrees_with_a_float32_eager_model(row: str, precision: str) -> None:
-    step = TrainingStep(row, setting(precision=precision))
+    step = StepRow(row, setting(precision=precision))
     step.check()
     step.remember()
     loss = step()
@@ -40,7 +40,7 @@ def test_fused_step_agrees_with_a_float32_eager_model(row: str, precision: str) 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_fused_step_never_synchronises(row: str) -> None:
-    step = TrainingStep(row, setting())
+    step = StepRow(row, setting())
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -54,7 +54,7 @@ def test_fused_step_never_synchronises(row: str) -> None:
 
 @pytest.mark.parametrize("row", ["baseline", "sra2-cosine"])
 def test_compiled_fused_step(row: str) -> None:
-    step = TrainingStep(row, setting(is_compiled=True))
+    step = StepRow(row, setting(is_compiled=True))
     step.check()
     step.remember()
     step.check_after(step())

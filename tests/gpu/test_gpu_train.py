@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import around
 
 from sra2_fast.data import open_data
 from sra2_fast.train import TrainOptions, build
 from sra2_fast.train.diagnosis import NonFiniteLoss
 from sra2_fast.train.loop import Trainer
 from sra2_fast.train.run_directory import RunDirectory
+from sra2_fast.train.step import TrainStep
 
 pytest.importorskip("sklearn")
 OPTIONS = TrainOptions(
@@ -41,18 +43,18 @@ def make(tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_device(make: Any, precision: str, target: str) -> None:
     trainer = make(precision=precision, target=target, align_schedule="linear", time="lognormal", workers=0)
-    take_step = trainer._take_step
 
-    def watched(batch: Any) -> None:
+    def watched(take_step: TrainStep, microbatches: Any) -> None:
         if trainer.step < 2:  # kernels are compiled and state is made
-            return take_step(batch)
+            take_step(microbatches)
+            return
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return take_step(batch)
+            take_step(microbatches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer._take_step = watched
+    trainer.take_step = around(trainer.take_step, watched)
     assert trainer.train().step == 10
 
 
