@@ -89,7 +89,7 @@ def test_a_missing_file_is_named() -> None:
         (["--lr", "nan"], r"--lr must be above 0, got nan"),
         (["--align-weight", "nan"], r"--align-weight must be a finite number, got nan"),
         (["--beta", "inf"], r"--beta must be a finite number, got inf"),
-        (["--seed", str(2**64)], r"--seed must be below 2\^64, got 18446744073709551616"),
+        (["--seed", str(2**64)], r"--seed must be from 0 to 2\^64 - 1, got 18446744073709551616"),
         (["--align-depth", "0"], r"--align-depth must be at least 1, got 0"),
         (["--align-schedule-steps", "0"], r"--align-schedule-steps must be at least 1, got 0"),
         (["--align-schedule", "stop"], r"--align-schedule stop needs --align-schedule-steps"),

@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from .. import recipe
 from ..errors import InputError, must_be
 
 if sys.version_info >= (3, 11):
@@ -25,32 +28,55 @@ else:
     import tomli as tomllib
 
 
-def _option(default: Any, help: str, *, shapes_run: bool = True) -> Any:
-    """shapes_run: a resumed run must have the same value, or its weights would not be those of one run."""
-    return dataclasses.field(default=default, metadata={"help": help, "shapes_run": shapes_run})
+class Bound(NamedTuple):
+    """What a value must be, in words, and the test of it. Every number must be finite besides."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ANY = Bound("a finite number", lambda value: True)
+AT_LEAST_1 = Bound("at least 1", lambda value: value >= 1)
+FROM_0 = Bound("0 or more", lambda value: value >= 0)
+ABOVE_0 = Bound("above 0", lambda value: value > 0)
+SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+SEED = Bound("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
+
+
+def _option(default: Any, help: str, bound: Bound = ANY, *, fixed_on_resume: bool = True) -> Any:
+    """fixed_on_resume: a resumed run must have the same value, or its weights would not be those of one run."""
+    about = {"help": help, "bound": bound, "fixed_on_resume": fixed_on_resume}
+    return dataclasses.field(default=default, metadata=about)
+
+
+_changeable = functools.partial(_option, fixed_on_resume=False)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """One training run. `None` means: chosen from the model, the data or the machine when the run starts."""
 
-    out: str = _option("", "folder of the run: checkpoints, samples, metrics (required)", shapes_run=False)
-    data: str = _option("digits", "'digits', or a folder of latents", shapes_run=False)
+    out: str = _changeable("", "folder of the run: checkpoints, samples, metrics (required)")
+    data: str = _changeable("digits", "'digits', or a folder of latents")
     model: str = _option("SiT-B/2", "a registry name, or 'D,depth,heads,patch' such as 128,6,4,2")
-    num_classes: int | None = _option(None, "labels of the model, without the null label (default: those of the data)")
-    qk_norm: bool = _option(False, "normalise queries and keys")
-    steps: int = _option(400_000, "train up to this step", shapes_run=False)
-    batch_size: int = _option(256, "images a step")
-    seed: int = _option(0, "of the weights, the data order, time, noise and label dropout")
-
-    lr: float = _option(1e-4, "learning rate of AdamW")
-    lr_warmup: int = _option(0, "steps over which the learning rate rises linearly to --lr")
-    weight_decay: float = _option(0.0, "decoupled weight decay")
-    max_grad_norm: float = _option(1.0, "clip the gradient to this global norm; 0: never")
-    ema_decay: float = _option(
-        0.9999, "of the averaged weights, after a warm-up of min(decay, (1 + step) / (10 + step))"
+    num_classes: int | None = _option(
+        None, "labels of the model, without the null label (default: those of the data)", AT_LEAST_1
     )
-    label_dropout: float = _option(0.1, "share of labels replaced by the null label, for guidance")
+    qk_norm: bool = _option(False, "normalise queries and keys")
+    steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
+    batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
+    seed: int = _option(0, "of the weights, the data order, time, noise and label dropout", SEED)
+
+    lr: float = _option(recipe.LR, "learning rate of AdamW", ABOVE_0)
+    lr_warmup: int = _option(0, "steps over which the learning rate rises linearly to --lr", FROM_0)
+    weight_decay: float = _option(0.0, "decoupled weight decay", FROM_0)
+    max_grad_norm: float = _option(recipe.MAX_GRAD_NORM, "clip the gradient to this global norm; 0: never", FROM_0)
+    ema_decay: float = _option(
+        recipe.EMA_DECAY, "of the averaged weights, after a warm-up of min(decay, (1 + step) / (10 + step))", SHARE
+    )
+    label_dropout: float = _option(
+        recipe.LABEL_DROPOUT, "share of labels replaced by the null label, for guidance", SHARE
+    )
 
     path: Literal["linear", "cosine"] = _option("linear", "x_t between data and noise")
     time: Literal["uniform", "lognormal"] = _option("uniform", "distribution of t")
@@ -59,81 +85,49 @@ class TrainOptions:
     align_depth: int | None = _option(
         None,
         "block whose tokens are aligned (default: 2 for S, B; 8 for L, XL; depth // 4; with a teacher 4, 8 for XL)",
+        AT_LEAST_1,
     )
     align_schedule: Literal["constant", "linear", "stop"] = _option("constant", "of the weight")
-    align_schedule_steps: int | None = _option(None, "where 'linear' reaches zero (default: --steps) or 'stop' stops")
-    beta: float = _option(0.05, "of smooth_l1")
+    align_schedule_steps: int | None = _option(
+        None, "where 'linear' reaches zero (default: --steps) or 'stop' stops", AT_LEAST_1
+    )
+    beta: float = _option(recipe.BETA, "of smooth_l1")
     target: Literal["vae", "teacher"] = _option("vae", "align with: the clean latents (SRA 2), the EMA teacher (SRA)")
-    teacher_depth: int | None = _option(None, "block of the teacher (default: 20 for XL, else twice --align-depth)")
+    teacher_depth: int | None = _option(
+        None, "block of the teacher (default: 20 for XL, else twice --align-depth)", AT_LEAST_1
+    )
 
     precision: Literal["auto", "bf16", "fp32"] = _option(
         "auto", "bf16 autocast where the machine is good at it, or float32"
     )
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "where to train", shapes_run=False)
-    implementation: Literal["auto", "eager", "fused"] = _option("auto", "fused ops, or PyTorch's own", shapes_run=False)
-    optimizer: Literal["adamw-ema", "apex"] = _option(
-        "adamw-ema", "ours, or NVIDIA apex's fused AdamW where it imports", shapes_run=False
+    device: Literal["auto", "cpu", "cuda"] = _changeable("auto", "where to train")
+    implementation: Literal["auto", "eager", "fused"] = _changeable("auto", "fused ops, or PyTorch's own")
+    optimizer: Literal["adamw-ema", "apex"] = _changeable(
+        "adamw-ema", "ours, or NVIDIA apex's fused AdamW where it imports"
     )
-    compile: bool | None = _option(None, "torch.compile the model (default: on a GPU)", shapes_run=False)
-    checkpoint_blocks: bool = _option(
-        False, "recompute each block in the backward pass to save memory", shapes_run=False
-    )
-    workers: int | None = _option(None, "data loading processes (default: 0 on a CPU, 4 on a GPU)", shapes_run=False)
+    compile: bool | None = _changeable(None, "torch.compile the model (default: on a GPU)")
+    checkpoint_blocks: bool = _changeable(False, "recompute each block in the backward pass to save memory")
+    workers: int | None = _changeable(None, "data loading processes (default: 0 on a CPU, 4 on a GPU)", FROM_0)
 
-    resume: str = _option(
-        "auto", "auto: go on from the newest checkpoint of --out; never; or a checkpoint folder", shapes_run=False
-    )
-    log_every: int = _option(50, "steps between lines of metrics.jsonl", shapes_run=False)
-    checkpoint_every: int = _option(
-        10_000, "steps between checkpoints; one is always saved at the end", shapes_run=False
-    )
-    keep_checkpoints: int = _option(0, "delete all but the newest that many; 0: keep all", shapes_run=False)
-    sample_every: int = _option(10_000, "steps between sample grids, one more at the end; 0: none", shapes_run=False)
-    sample_steps: int = _option(50, "Heun steps of the sample grids", shapes_run=False)
-    sample_cfg: float = _option(1.0, "guidance scale of the sample grids", shapes_run=False)
-    vae: str | None = _option(
-        None, "AutoencoderKL (hub name or folder) that decodes the sample grids", shapes_run=False
-    )
+    resume: str = _changeable("auto", "auto: go on from the newest checkpoint of --out; never; or a checkpoint folder")
+    log_every: int = _changeable(50, "steps between lines of metrics.jsonl", AT_LEAST_1)
+    checkpoint_every: int = _changeable(10_000, "steps between checkpoints; one is always saved at the end", AT_LEAST_1)
+    keep_checkpoints: int = _changeable(0, "delete all but the newest that many; 0: keep all", FROM_0)
+    sample_every: int = _changeable(10_000, "steps between sample grids, one more at the end; 0: none", FROM_0)
+    sample_steps: int = _changeable(50, "Heun steps of the sample grids", AT_LEAST_1)
+    sample_cfg: float = _changeable(1.0, "guidance scale of the sample grids")
+    vae: str | None = _changeable(None, "AutoencoderKL (hub name or folder) that decodes the sample grids")
 
     def __post_init__(self) -> None:
-        for name, kind, _ in _fields():
-            value = getattr(self, name)
+        for name, kind, about in _fields():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if not _accepts(kind, value):
-                raise must_be("train", f"--{name.replace('_', '-')}", _describe(kind), repr(value))
-        for name in (
-            "steps",
-            "batch_size",
-            "num_classes",
-            "align_depth",
-            "align_schedule_steps",
-            "teacher_depth",
-            "log_every",
-            "checkpoint_every",
-            "sample_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise must_be("train", f"--{name.replace('_', '-')}", "at least 1", getattr(self, name))
-        for name in (
-            "lr_warmup",
-            "sample_every",
-            "keep_checkpoints",
-            "workers",
-            "seed",
-            "max_grad_norm",
-            "weight_decay",
-        ):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise must_be("train", f"--{name.replace('_', '-')}", "0 or more", getattr(self, name))
-        for name in ("label_dropout", "ema_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise must_be("train", f"--{name.replace('_', '-')}", "at least 0 and below 1", getattr(self, name))
-        if not 0.0 < self.lr < math.inf:
-            raise must_be("train", "--lr", "above 0", self.lr)
-        for name in ("align_weight", "beta", "weight_decay", "max_grad_norm", "sample_cfg"):
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise must_be("train", f"--{name.replace('_', '-')}", "a finite number", getattr(self, name))
-        if self.seed >= 2**64:
-            raise must_be("train", "--seed", "below 2^64", self.seed)
+                raise must_be("train", option, _describe(kind), repr(value))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if not about["bound"].holds(value):
+                    raise must_be("train", option, about["bound"].words, value)
+                if not math.isfinite(value):
+                    raise must_be("train", option, ANY.words, value)
         if self.sample_every and self.sample_cfg != 1.0 and self.label_dropout == 0.0:
             raise InputError(
                 f"train: --sample-cfg {self.sample_cfg} needs --label-dropout above 0, or there is no null label"
@@ -146,18 +140,18 @@ class TrainOptions:
             raise InputError(f"train: --teacher-depth is for --target teacher, not {self.target}")
 
 
-def shapes_run(name: str) -> bool:
-    return bool(TrainOptions.__dataclass_fields__[name].metadata["shapes_run"])
+def fixed_on_resume(name: str) -> bool:
+    return bool(TrainOptions.__dataclass_fields__[name].metadata["fixed_on_resume"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every option, without argparse defaults: what is absent was not given."""
     parser.add_argument("--config", metavar="FILE", help="TOML file of these options; the command line beats it")
-    for name, kind, help_text in _fields():
+    for name, kind, about in _fields():
         flag = "--" + name.replace("_", "-")
         default = TrainOptions.__dataclass_fields__[name].default
         shown = "" if default in (None, "") else f" [{default}]"
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (help_text + shown).replace("%", "%%")}
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (about["help"] + shown).replace("%", "%%")}
         base = _without_none(kind)
         if base is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -200,9 +194,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _fields() -> list[tuple[str, Any, str]]:
+def _fields() -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """(name, type, what _option said) of every option."""
     kinds = typing.get_type_hints(TrainOptions)
-    return [(f.name, kinds[f.name], f.metadata["help"]) for f in dataclasses.fields(TrainOptions)]
+    return [(f.name, kinds[f.name], f.metadata) for f in dataclasses.fields(TrainOptions)]
 
 
 def _without_none(kind: Any) -> Any:

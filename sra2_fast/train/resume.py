@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints import Checkpoint, checkpoint_name, load_checkpoint
 from ..data import LatentSource
 from ..errors import InputError
-from .options import TrainOptions, shapes_run
+from .options import TrainOptions, fixed_on_resume
 from .run_directory import RunDirectory
 
 
@@ -43,7 +43,7 @@ def find_checkpoint(options: TrainOptions, directory: RunDirectory) -> Checkpoin
 
 def describe_run(options: TrainOptions, source: LatentSource) -> dict[str, Any]:
     """What a resumed run must share with what went before to be one run: the resolved options and the data."""
-    values = {name: value for name, value in dataclasses.asdict(options).items() if shapes_run(name)}
+    values = {name: value for name, value in dataclasses.asdict(options).items() if fixed_on_resume(name)}
     return {
         **values,
         "data": f"{source.name}: {source.num_samples} x {list(source.shape)}, {source.num_classes} classes",
