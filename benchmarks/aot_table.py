@@ -18,7 +18,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from lib.timing import append_json_line, commit, versions  # noqa: E402  (found on the path set just above)
+from lib.timing import append_json_line, commit  # noqa: E402  (found on the path set just above)
+
+from sra2_fast import backends  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTHS = {"SiT-S": 384, "SiT-B": 768, "SiT-L": 1024, "SiT-XL": 1152}
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"aot_table: Triton does not import: {error}", file=sys.stderr)
         return 2
-    about: dict[str, object] = {"bench": "aot", "commit": commit(), **versions()}
+    about: dict[str, object] = {"bench": "aot", "commit": commit(), **backends.versions()}
     lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
     print("\n".join(lines))
     args.out.mkdir(parents=True, exist_ok=True)

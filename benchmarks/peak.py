@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from lib.timing import Timing, device_name, interleave
+from lib.timing import Timing, interleave
+
+from sra2_fast.backends import device_name
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}

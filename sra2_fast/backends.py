@@ -6,6 +6,7 @@ while a program runs. The compiled extension is loaded when an op is first impor
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -97,6 +98,29 @@ def is_bf16_fast(device: str | torch.device) -> bool:
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, name, bool)() for name in names)
     return False
+
+
+def versions() -> dict[str, str]:
+    """Of everything a number of a run can depend on; what is not installed is left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import __version__
+
+    found = {"sra2_fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "triton", "safetensors", "flash-attn", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    """`NVIDIA H200`, or a CPU's model and the threads that torch uses: `AMD EPYC, 2 threads`."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def status() -> dict[str, str]:
@@ -202,7 +226,7 @@ def _describe_device() -> str:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return device_name("cpu")
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ import torch
 from repository import ROOT
 from tolerance import allowed, assert_close, relative_error
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from sra2_fast.errors import InputError
 from sra2_fast.ops import adamw_ema as op
@@ -152,6 +153,19 @@ def test_one_step_with_and_without_clip_and_average(ema_decay: float | None, max
         assert ("ema" in opt.state[p]) == (ema is not None)
         if true[3] is not None:
             assert_close(opt.state[p]["ema"], true[3], torch.float32, 4, name="ema")
+
+
+def test_eager_on_a_gpu_takes_its_flag_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the update is torch's fused AdamW with `found_inf`, and the averages' weight a tensor: driven here."""
+    start, steps = make(FEW), 8  # the seventh has a gradient that is not a number
+    on_host = trajectory_of_optimizer(lambda p: AdamWEMA(p, **SETTINGS, implementation="eager"), start, steps)
+    monkeypatch.setattr(op, "_READ_THE_FLAG_ON", ())
+    used: list[bool] = []
+    monkeypatch.setattr(op, "adamw", lambda *a, fused, **k: (used.append(fused), adamw(*a, fused=fused, **k)))
+    on_device = trajectory_of_optimizer(lambda p: AdamWEMA(p, **SETTINGS, implementation="eager"), start, steps)
+    assert used == [True] * steps
+    for name, a, b in zip(("weights", "exp_avg", "exp_avg_sq", "averages"), on_device, on_host, strict=True):
+        assert_close(flat(a), flat(b).double(), torch.float32, 2 * 3 * steps, name=name)
 
 
 @needs_cpu_kernels

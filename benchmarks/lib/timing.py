@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from sra2_fast import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 L2_BYTES_IF_UNKNOWN = 64 << 20
@@ -231,19 +231,6 @@ def _without_profiler_chatter() -> Iterator[None]:
             os.close(saved)
 
 
-def device_name(device: torch.device | str) -> str:
-    """`NVIDIA H200`, or for a CPU its model and the threads torch uses: `Intel(R) Xeon(R) ..., 2 threads`."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = found[0] if found else model
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
 def commit() -> str:
     """The checkout's short commit, `+changes` when tracked files differ from it, `unknown` outside git."""
     try:
@@ -258,21 +245,9 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of what a figure depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "transformers", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    found["cuda"] = torch.version.cuda
-    return found
-
-
 def environment(device: torch.device | str) -> dict[str, object]:
     """The part of a JSON line that says where and with what it was measured."""
-    return {"commit": commit(), "device": device_name(device), "versions": versions()}
+    return {"commit": commit(), "device": backends.device_name(device), "versions": backends.versions()}
 
 
 def append_json_line(path: str | Path, record: Mapping[str, object]) -> None:

@@ -24,6 +24,7 @@ from .registry import launchers, operator
 
 _OP = "adamw_ema"
 _FUSED_ON = backends.fused_devices(_OP)
+_READ_THE_FLAG_ON = ("cpu",)  # where reading a tensor waits for nobody
 
 
 @dataclass
@@ -88,8 +89,8 @@ def eager(tensors: AdamWEMATensors, is_finite: Tensor, settings: AdamWEMASetting
     step, so there the update is torch's fused AdamW, which takes the flag on the device.
     """
     t, s = tensors, settings
-    on_cpu = is_finite.device.type == "cpu"
-    if on_cpu and not is_finite:
+    on_host = is_finite.device.type in _READ_THE_FLAG_ON
+    if on_host and not is_finite:
         return
     adamw(
         t.params,
@@ -98,9 +99,9 @@ def eager(tensors: AdamWEMATensors, is_finite: Tensor, settings: AdamWEMASetting
         t.exp_avg_sqs,
         [],
         list(t.steps.unbind()),
-        foreach=on_cpu,
-        fused=not on_cpu,
-        found_inf=None if on_cpu else (~is_finite).float(),
+        foreach=on_host,
+        fused=not on_host,
+        found_inf=None if on_host else (~is_finite).float(),
         amsgrad=False,
         maximize=False,
         **{name: getattr(s, name) for name in ("beta1", "beta2", "lr", "weight_decay", "eps")},
@@ -145,7 +146,7 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
 def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
     weight: Tensor | float = (1.0 - ema_decay) * is_finite
-    if is_finite.device.type == "cpu":
+    if is_finite.device.type in _READ_THE_FLAG_ON:
         weight = float(weight)  # a tensor weight is broadcast element by element there
     for ema, param in zip(emas, params, strict=True):
         ema.lerp_(param, weight if isinstance(weight, float) else weight.to(ema.dtype))

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
+from .. import backends
 from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
 from ..vae.decode import make_decoder
@@ -31,7 +32,7 @@ from .grid import SampleGrid, can_write_png, write_png
 from .interrupt import Interrupt
 from .options import TrainOptions
 from .resume import check_same_run, describe_run, find_checkpoint
-from .run_directory import RunDirectory, versions
+from .run_directory import RunDirectory
 from .step import TrainStep
 
 
@@ -231,7 +232,7 @@ class Trainer:
                 "latents": self._latents_info(),
                 "optimizer": rest,
                 "pending": pending,
-                "versions": versions(),
+                "versions": backends.versions(),
             },
         )
         prune_checkpoints(self.directory.checkpoints, self.options.keep_checkpoints)
@@ -265,7 +266,6 @@ class Trainer:
         self._clock_start += time.perf_counter() - paused
 
     def _write_config(self) -> None:
-        on_gpu = self.device.type == "cuda"
         self.directory.write_config(
             {
                 "options": dataclasses.asdict(self.options),
@@ -273,8 +273,8 @@ class Trainer:
                 "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "data": self.description["data"],
                 "started_at_step": self.step,
-                "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
-                "versions": versions(),
+                "device": backends.device_name(self.device),
+                "versions": backends.versions(),
             }
         )
 

@@ -14,7 +14,6 @@ import fcntl
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,16 +122,3 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def versions() -> dict[str, str]:
-    """Of everything a number of this run can depend on; what is not installed is left out."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from .. import __version__
-
-    found = {"sra2_fast": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "numpy", "triton", "safetensors", "flash-attn"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

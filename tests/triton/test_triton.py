@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ("check_layer_norm_modulate", "check_alignment_velocity_loss", "check_adamw_ema", "check_launch_config")
+INTERPRETED = (
+    "check_adapters",
+    "check_layer_norm_modulate",
+    "check_alignment_velocity_loss",
+    "check_adamw_ema",
+    "check_launch_config",
+)
 COMPILED = ("check_ahead_of_time",)
 
 
