@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -248,13 +249,7 @@ def _step_triton(
 ):
     from ..kernels import adamw_ema as kernels
 
-    kernels.adamw_ema_step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        emas or None,
-        steps,
+    settings = SimpleNamespace(
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -262,8 +257,8 @@ def _step_triton(
         weight_decay=weight_decay,
         ema_decay=ema_decay,
         max_grad_norm=None if max_grad_norm == float("inf") else max_grad_norm,
-        norm=norm,
     )
+    kernels.adamw_ema_step(params, grads, exp_avgs, exp_avg_sqs, emas, steps, norm, settings)
 
 
 if backends.cuda_kernels() == "triton":
