@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -111,13 +112,15 @@ def _optimizer_cases() -> Iterator[Case]:
     from sra2_fast.kernels import adamw_ema
 
     lists = [[torch.empty(33_000_000)] for _ in range(5)]
-    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "ema_decay": 0.9999}
+    settings = SimpleNamespace(
+        lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, ema_decay=0.9999, max_grad_norm=1.0
+    )
 
     def norm():
         return lists[1], [adamw_ema.global_norm(lists[1])]
 
     def step():
-        adamw_ema.adamw_ema_step(*lists, torch.ones(1), max_grad_norm=1.0, norm=torch.ones(()), **settings)
+        adamw_ema.adamw_ema_step(*lists, torch.ones(1), torch.ones(()), settings)
         flat = [tensor for tensors in lists for tensor in tensors]
         return flat, [tensor for tensor in flat if tensor is not lists[1][0]]
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .row_tiles import multiprocessors
+from .row_tiles import append, multiprocessors
 from .tensor_table import CHUNK, address_table, chunk_table
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class OptimizerLaunch:
     """Elements a program touches at once, its warps, and how many programs a multiprocessor reads the norm with."""
 
     block: int
@@ -29,12 +30,12 @@ class LaunchConfig:
     norm_programs: int
 
 
-def launch_config(rows: int, D: int, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(rows: int, D: int, dtype: torch.dtype) -> OptimizerLaunch:
     """The same for every size: the tensors are one stream of chunks. rows and D (tensors, elements) change nothing.
 
     1024 elements on 4 warps are two 16-byte accesses a thread and tensor: ten in flight before the first use.
     """
-    return LaunchConfig(block=1024, num_warps=4, norm_programs=8)
+    return OptimizerLaunch(block=1024, num_warps=4, norm_programs=8)
 
 
 @triton.jit
@@ -67,16 +68,11 @@ def _one_minus_power(log_beta, steps):
 
 @triton.jit
 def _global_norm_kernel(
-    grad_table_ptr,
-    numel_ptr,
-    chunk_tensor_ptr,
-    chunk_number_ptr,
-    partial_ptr,
-    chunks,
-    ALIGNED: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_table_ptr,  # (tensors,) int64 addresses of float32 tensors
+    numel_ptr, chunk_tensor_ptr, chunk_number_ptr, chunks,  # tensor_table.ChunkTable
+    partial_ptr,  # (programs,) float32: written, each program's sum of squares
+    ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -121,27 +117,11 @@ def _store(pointer, value, lane, left, FULL: tl.constexpr):
 
 
 @triton.jit
-def _update_chunk(
-    param_ptr,
-    grad_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    ema_ptr,
-    left,
-    clip,
-    step_size,
-    inverse_root,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    decay,
-    one_minus_ema_decay,
-    HAS_EMA: tl.constexpr,
-    FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _update_chunk(pointers, factors, left, HAS_EMA: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """The update of `left` elements; FULL: `left` is a multiple of BLOCK."""
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr = pointers
+    clip, step_size, inverse_root, moments, eps, decay, one_minus_ema_decay = factors
+    one_minus_beta1, beta2, one_minus_beta2 = moments
     for start in range(0, left, BLOCK):
         lane = start + tl.arange(0, BLOCK)
         grad = _load(grad_ptr, lane, left, FULL) * clip
@@ -165,91 +145,36 @@ def _update_chunk(
 
 @triton.jit
 def _adamw_ema_kernel(
-    param_table_ptr,
-    grad_table_ptr,
-    exp_avg_table_ptr,
-    exp_avg_sq_table_ptr,
-    ema_table_ptr,
-    steps_ptr,
-    norm_ptr,
-    numel_ptr,
-    chunk_tensor_ptr,
-    chunk_number_ptr,
-    lr,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    log_beta1,
-    log_beta2,
-    eps,
-    decay,
-    one_minus_ema_decay,
-    max_grad_norm,
-    HAS_EMA: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table_ptr, tensors,  # (4 or 5, tensors) int64 addresses: params, grads, exp_avgs, exp_avg_sqs and emas
+    steps_ptr, norm_ptr,  # (tensors,) and () float32
+    numel_ptr, chunk_tensor_ptr, chunk_number_ptr,  # tensor_table.ChunkTable
+    lr, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2,
+    eps, decay, one_minus_ema_decay, max_grad_norm,  # decay: of the weights, 1 - lr weight_decay
+    HAS_EMA: tl.constexpr, HAS_CLIP: tl.constexpr, ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     norm = tl.load(norm_ptr)
     if norm < float("inf"):  # false for NaN too: nothing is read or written then
         chunk = tl.program_id(0)
         tensor = tl.load(chunk_tensor_ptr + chunk)
+        # int64: a tensor may have more than 2^31 elements.
         first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
         left = tl.load(numel_ptr + tensor) - first
-        param_ptr = _tensor_at(param_table_ptr, tensor, ALIGNED) + first
-        grad_ptr = _tensor_at(grad_table_ptr, tensor, ALIGNED) + first
-        exp_avg_ptr = _tensor_at(exp_avg_table_ptr, tensor, ALIGNED) + first
-        exp_avg_sq_ptr = _tensor_at(exp_avg_sq_table_ptr, tensor, ALIGNED) + first
-        ema_ptr = _tensor_at(ema_table_ptr, tensor, ALIGNED) + first
+        pointers = ()
+        for i in tl.static_range(5):
+            row = i if HAS_EMA or i < 4 else 0
+            pointers = append(pointers, _tensor_at(table_ptr + row * tensors, tensor, ALIGNED) + first)
         clip = 1.0
         if HAS_CLIP:
             clip = tl.minimum(max_grad_norm / (norm + 1e-6), 1.0)
         steps = tl.load(steps_ptr + tensor)
         step_size = lr / _one_minus_power(log_beta1, steps)
         inverse_root = 1.0 / tl.sqrt(_one_minus_power(log_beta2, steps))
+        moments = (one_minus_beta1, beta2, one_minus_beta2)
+        factors = (clip, step_size, inverse_root, moments, eps, decay, one_minus_ema_decay)
         if left >= CHUNK_SIZE:
-            _update_chunk(
-                param_ptr,
-                grad_ptr,
-                exp_avg_ptr,
-                exp_avg_sq_ptr,
-                ema_ptr,
-                CHUNK_SIZE,
-                clip,
-                step_size,
-                inverse_root,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                eps,
-                decay,
-                one_minus_ema_decay,
-                HAS_EMA,
-                True,
-                BLOCK,
-            )
+            _update_chunk(pointers, factors, CHUNK_SIZE, HAS_EMA, True, BLOCK)
         else:
-            _update_chunk(
-                param_ptr,
-                grad_ptr,
-                exp_avg_ptr,
-                exp_avg_sq_ptr,
-                ema_ptr,
-                left,
-                clip,
-                step_size,
-                inverse_root,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                eps,
-                decay,
-                one_minus_ema_decay,
-                HAS_EMA,
-                False,
-                BLOCK,
-            )
+            _update_chunk(pointers, factors, left, HAS_EMA, False, BLOCK)
 
 
 def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -268,16 +193,10 @@ def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     partial = torch.empty(programs, device=device, dtype=torch.float32)
     _global_norm_kernel[(programs,)](
         table.addresses,
-        chunks.numels,
-        chunks.chunk_tensor,
-        chunks.chunk_number,
+        chunks.numels, chunks.chunk_tensor, chunks.chunk_number, chunks.chunks,
         partial,
-        chunks.chunks,
-        ALIGNED=table.is_aligned,
-        CHUNK_SIZE=CHUNK,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-    )
+        ALIGNED=table.is_aligned, CHUNK_SIZE=CHUNK, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
     _root_of_sum_kernel[(1,)](partial, norm, programs, BLOCK=1024, num_warps=4)
     return norm
 
@@ -289,56 +208,32 @@ def adamw_ema_step(
     exp_avg_sqs: Sequence[torch.Tensor],
     emas: Sequence[torch.Tensor] | None,
     steps: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
-    max_grad_norm: float | None,
     norm: torch.Tensor,
+    settings: Any,
 ) -> None:
     """One clipped AdamW step and the moving average, in place; nothing changes where `norm` is not finite.
 
     params, grads, exp_avgs, exp_avg_sqs, emas: float32 tensors, dense, the same shapes and strides across the lists;
-    emas None: no average is kept. steps: (len(params),) float32 on the device, this step counted.
-    norm: 0-d float32 on the device. max_grad_norm None: no clipping.
+    emas None or empty: no average is kept. steps: (len(params),) float32 on the device, this step counted.
+    norm: 0-d float32 on the device. settings: `sra2_fast.reference.adamw_ema.AdamWEMASettings`, or any object with
+    lr, beta1, beta2, eps, weight_decay, ema_decay (None: no average) and max_grad_norm (None: no clipping).
     """
-    lists = [params, grads, exp_avgs, exp_avg_sqs]
     if not params:
         return
     chunks = chunk_table(params)
     if chunks.chunks == 0:
         return
-    table = address_table((*lists, emas) if emas is not None else lists)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([emas] if emas else [])]
+    table = address_table(lists)
     config = launch_config(len(params), 0, torch.float32)
-    rows = table.addresses.unbind()
+    beta1, beta2, max_grad_norm = settings.beta1, settings.beta2, settings.max_grad_norm
+    ema_decay = settings.ema_decay if emas and settings.ema_decay is not None else 1.0
     _adamw_ema_kernel[(chunks.chunks,)](
-        rows[0],
-        rows[1],
-        rows[2],
-        rows[3],
-        rows[4] if emas is not None else rows[0],
-        steps,
-        norm,
-        chunks.numels,
-        chunks.chunk_tensor,
-        chunks.chunk_number,
-        lr,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        math.log(beta1) if beta1 > 0 else -math.inf,
-        math.log(beta2) if beta2 > 0 else -math.inf,
-        eps,
-        1 - lr * weight_decay,
-        1 - ema_decay if emas is not None else 0.0,
-        0.0 if max_grad_norm is None else max_grad_norm,
-        HAS_EMA=emas is not None,
-        HAS_CLIP=max_grad_norm is not None,
-        ALIGNED=table.is_aligned,
-        CHUNK_SIZE=CHUNK,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-    )
+        table.addresses, len(params),
+        steps, norm,
+        chunks.numels, chunks.chunk_tensor, chunks.chunk_number,
+        settings.lr, 1 - beta1, beta2, 1 - beta2, *(math.log(b) if b > 0 else -math.inf for b in (beta1, beta2)),
+        settings.eps, 1 - settings.lr * settings.weight_decay, 1 - ema_decay, max_grad_norm or 0.0,
+        HAS_EMA=bool(emas), HAS_CLIP=max_grad_norm is not None, ALIGNED=table.is_aligned,
+        CHUNK_SIZE=CHUNK, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip

@@ -27,7 +27,7 @@ SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LossLaunch:
     """The tiles of the product (tokens x patch elements, k at a time) and of the velocity loss (tokens)."""
 
     block_t: int
@@ -38,7 +38,7 @@ class LaunchConfig:
     num_stages: int
 
 
-def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LossLaunch:
     """How to launch on `rows` tokens with K hidden and P patch elements of `hidden`'s dtype. Pure: no device is asked.
 
     64 tokens are one warpgroup's matrix instruction on sm_90. Fewer tokens than 64 a multiprocessor: smaller tiles, so
@@ -50,7 +50,7 @@ def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LaunchConfig
     block_p = max(16, triton.next_power_of_2(P))
     wide = block_p >= 128
     block_k = min((64 if wide else 128) * 2 // dtype.itemsize, max(32, triton.next_power_of_2(K)))
-    return LaunchConfig(
+    return LossLaunch(
         block_t=block_t,
         block_p=block_p,
         block_k=block_k,
@@ -62,111 +62,52 @@ def launch_config(rows: int, K: int, P: int, dtype: torch.dtype) -> LaunchConfig
 
 @triton.jit
 def _alignment_velocity_loss_kernel(
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    velocity_ptr,
-    latents_ptr,
-    noise_ptr,
-    t_ptr,
-    dvelocity_ptr,
-    dp_ptr,
-    align_partial_ptr,
-    velocity_partial_ptr,
-    tokens,
-    N,
-    tokens_wide,
-    height,
-    width,
+    hidden_ptr, weight_ptr, bias_ptr,  # (B, N, K), (P, K), (P,): what is projected
+    velocity_ptr,  # (B, N, P)
+    latents_ptr, noise_ptr, t_ptr,  # (B, C, H, W) twice, (B,): float32
+    dvelocity_ptr, dp_ptr,  # (B, N, P): written, gradients of the means
+    align_partial_ptr, velocity_partial_ptr,  # (programs of each,) float32: written, their parts of the means
     align_programs,
-    inverse_tokens,
-    inverse_elements,
-    beta,
-    eps,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    COSINE_PATH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    VELOCITY_BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tokens, N, tokens_wide, height, width,  # B N, the tokens of a sample and of a row of it, H, W
+    inverse_tokens, inverse_elements,  # 1 / (B N), 1 / (B N P)
+    beta, eps,
+    K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr,
+    COSINE_PATH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, VELOCITY_BLOCK_T: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
+    image = (N, tokens_wide, height, width)
     if program < align_programs:
         align_tile(
-            program,
-            hidden_ptr,
-            weight_ptr,
-            bias_ptr,
-            latents_ptr,
-            dp_ptr,
-            align_partial_ptr,
-            tokens,
-            N,
-            tokens_wide,
-            height,
-            width,
-            inverse_tokens,
-            inverse_elements,
-            beta,
-            eps,
-            K,
-            P,
-            CHANNELS,
-            PATCH,
-            ALIGN,
-            BLOCK_T,
-            BLOCK_P,
-            BLOCK_K,
-            PRECISION,
-        )
+            program, hidden_ptr, weight_ptr, bias_ptr, latents_ptr, dp_ptr, align_partial_ptr,
+            tokens, image, inverse_tokens, inverse_elements, beta, eps,
+            K, P, CHANNELS, PATCH, ALIGN, BLOCK_T, BLOCK_P, BLOCK_K, PRECISION,
+        )  # fmt: skip
     else:
         velocity_tile(
-            program - align_programs,
-            velocity_ptr,
-            latents_ptr,
-            noise_ptr,
-            t_ptr,
-            dvelocity_ptr,
-            velocity_partial_ptr,
-            tokens,
-            N,
-            tokens_wide,
-            height,
-            width,
-            inverse_elements,
-            P,
-            CHANNELS,
-            PATCH,
-            COSINE_PATH,
-            VELOCITY_BLOCK_T,
-            BLOCK_P,
-        )
+            program - align_programs, velocity_ptr, latents_ptr, noise_ptr, t_ptr, dvelocity_ptr, velocity_partial_ptr,
+            tokens, image, inverse_elements, P, CHANNELS, PATCH, COSINE_PATH, VELOCITY_BLOCK_T, BLOCK_P,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_sum(partial_ptr, sum_ptr, partials, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, partials, BLOCK):
+        total += tl.load(partial_ptr + start + lane, mask=start + lane < partials, other=0.0)
+    tl.store(sum_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit
 def _sum_partials_kernel(
-    align_partial_ptr,
-    velocity_partial_ptr,
-    align_loss_ptr,
-    velocity_loss_ptr,
-    align_programs,
-    velocity_programs,
+    align_partial_ptr, velocity_partial_ptr,  # (align_programs,), (velocity_programs,) float32
+    align_loss_ptr, velocity_loss_ptr,  # () float32: written
+    align_programs, velocity_programs,
     BLOCK: tl.constexpr,
-):
-    lane = tl.arange(0, BLOCK)
-    align = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, align_programs, BLOCK):
-        align += tl.load(align_partial_ptr + start + lane, mask=start + lane < align_programs, other=0.0)
-    velocity = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, velocity_programs, BLOCK):
-        velocity += tl.load(velocity_partial_ptr + start + lane, mask=start + lane < velocity_programs, other=0.0)
-    tl.store(align_loss_ptr, tl.sum(align, axis=0))
-    tl.store(velocity_loss_ptr, tl.sum(velocity, axis=0))
+):  # fmt: skip
+    _store_sum(align_partial_ptr, align_loss_ptr, align_programs, BLOCK)
+    _store_sum(velocity_partial_ptr, velocity_loss_ptr, velocity_programs, BLOCK)
 
 
 def alignment_velocity_loss_fwd(
@@ -208,49 +149,24 @@ def alignment_velocity_loss_fwd(
     partials = torch.empty(align_programs + velocity_programs, device=hidden.device, dtype=torch.float32)
     velocity_partials = partials[align_programs:]
     _alignment_velocity_loss_kernel[(align_programs + velocity_programs,)](
-        hidden,
-        weight,
-        bias,
+        hidden, weight, bias,
         velocity_tokens,
-        latents,
-        noise,
-        t,
-        dvelocity,
-        dp,
-        partials,
-        velocity_partials,
-        tokens,
-        N,
-        width // patch_size,
-        height,
-        width,
+        latents, noise, t,
+        dvelocity, dp,
+        partials, velocity_partials,
         align_programs,
-        1.0 / tokens,
-        1.0 / (tokens * P),
-        beta,
-        eps,
-        K=K,
-        P=P,
-        CHANNELS=channels,
-        PATCH=patch_size,
-        COSINE_PATH=path == "cosine",
-        ALIGN=align,
-        BLOCK_T=config.block_t,
-        BLOCK_P=config.block_p,
-        BLOCK_K=config.block_k,
-        VELOCITY_BLOCK_T=config.velocity_block_t,
+        tokens, N, width // patch_size, height, width,
+        1.0 / tokens, 1.0 / (tokens * P),
+        beta, eps,
+        K=K, P=P, CHANNELS=channels, PATCH=patch_size, COSINE_PATH=path == "cosine", ALIGN=align,
         PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        BLOCK_T=config.block_t, BLOCK_P=config.block_p, BLOCK_K=config.block_k,
+        VELOCITY_BLOCK_T=config.velocity_block_t, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     _sum_partials_kernel[(1,)](
-        partials,
-        velocity_partials,
-        align_loss,
-        velocity_loss,
-        align_programs,
-        velocity_programs,
-        BLOCK=SUM_BLOCK,
-        num_warps=4,
-    )
+        partials, velocity_partials,
+        align_loss, velocity_loss,
+        align_programs, velocity_programs,
+        BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
     return velocity_loss, align_loss, dvelocity, dp

@@ -10,8 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _token_offset(token, N, tokens_wide, height, width, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
+def _token_offset(token, image, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
     """Where a token's first pixel lies in a (B, C, H, W) image; token counts over the whole batch, int64."""
+    N, tokens_wide, height, width = image
     inside = token % N
     row = inside // tokens_wide
     column = inside % tokens_wide
@@ -19,8 +20,9 @@ def _token_offset(token, N, tokens_wide, height, width, CHANNELS: tl.constexpr, 
 
 
 @triton.jit
-def _element_offset(element, height, width, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
+def _element_offset(element, image, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
     """Where element (i, j, c), counted c fastest, lies from there."""
+    _, _, height, width = image
     channel = element % CHANNELS
     pixel = element // CHANNELS
     return channel * (height * width) + (pixel // PATCH) * width + pixel % PATCH
@@ -86,32 +88,11 @@ def _alignment(p, z, mask, inverse_tokens, inverse_elements, beta, eps, ALIGN: t
 
 @triton.jit
 def align_tile(
-    tile,
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    latents_ptr,
-    dp_ptr,
-    partial_ptr,
-    tokens,
-    N,
-    tokens_wide,
-    height,
-    width,
-    inverse_tokens,
-    inverse_elements,
-    beta,
-    eps,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tile, hidden_ptr, weight_ptr, bias_ptr, latents_ptr, dp_ptr, partial_ptr,
+    tokens, image, inverse_tokens, inverse_elements, beta, eps,
+    K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Project BLOCK_T tokens, compare them with their latents, store dp and the tile's part of the alignment loss."""
     token = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     element = tl.arange(0, BLOCK_P)
@@ -121,21 +102,20 @@ def align_tile(
     hidden_rows = hidden_ptr + token[:, None] * K + k[None, :]
     weight_rows = weight_ptr + element[:, None] * K + k[None, :]
     mask = in_tokens[:, None] & in_patch[None, :]
-    first_pixel = _token_offset(token, N, tokens_wide, height, width, CHANNELS, PATCH)
-    pixel = _element_offset(element, height, width, CHANNELS, PATCH)
+    first_pixel = _token_offset(token, image, CHANNELS, PATCH)
+    pixel = _element_offset(element, image, CHANNELS, PATCH)
     latents_tile = latents_ptr + first_pixel[:, None] + pixel[None, :]
     if BLOCK_P <= 32:  # few enough registers to hold while the product runs, and its latency is hidden
         z = tl.load(latents_tile, mask=mask, other=0.0)
 
     p = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            hidden = tl.load(hidden_rows + start, mask=in_tokens[:, None], other=0.0)
-            weight = tl.load(weight_rows + start, mask=in_patch[:, None], other=0.0)
-        else:
+        hidden_mask, weight_mask = in_tokens[:, None], in_patch[:, None]
+        if K % BLOCK_K != 0:
             in_k = (start + k < K)[None, :]
-            hidden = tl.load(hidden_rows + start, mask=in_tokens[:, None] & in_k, other=0.0)
-            weight = tl.load(weight_rows + start, mask=in_patch[:, None] & in_k, other=0.0)
+            hidden_mask, weight_mask = hidden_mask & in_k, weight_mask & in_k
+        hidden = tl.load(hidden_rows + start, mask=hidden_mask, other=0.0)
+        weight = tl.load(weight_rows + start, mask=weight_mask, other=0.0)
         p = tl.dot(hidden, tl.trans(weight), p, input_precision=PRECISION)
     p += tl.load(bias_ptr + element, mask=in_patch, other=0.0).to(tl.float32)[None, :]
 
@@ -148,37 +128,22 @@ def align_tile(
 
 @triton.jit
 def velocity_tile(
-    tile,
-    velocity_ptr,
-    latents_ptr,
-    noise_ptr,
-    t_ptr,
-    dvelocity_ptr,
-    partial_ptr,
-    tokens,
-    N,
-    tokens_wide,
-    height,
-    width,
-    inverse_elements,
-    P: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    COSINE_PATH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    tile, velocity_ptr, latents_ptr, noise_ptr, t_ptr, dvelocity_ptr, partial_ptr,
+    tokens, image, inverse_elements,
+    P: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, COSINE_PATH: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """Compare BLOCK_T velocity tokens with their targets, store dvelocity and the tile's part of the velocity loss."""
     token = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     element = tl.arange(0, BLOCK_P)
     in_tokens = token < tokens
     mask = in_tokens[:, None] & (element < P)[None, :]
-    first_pixel = _token_offset(token, N, tokens_wide, height, width, CHANNELS, PATCH)
-    pixel = _element_offset(element, height, width, CHANNELS, PATCH)
+    first_pixel = _token_offset(token, image, CHANNELS, PATCH)
+    pixel = _element_offset(element, image, CHANNELS, PATCH)
     at = first_pixel[:, None] + pixel[None, :]
     z = tl.load(latents_ptr + at, mask=mask, other=0.0)
     e = tl.load(noise_ptr + at, mask=mask, other=0.0)
-    t = tl.load(t_ptr + token // N, mask=in_tokens, other=0.0)[:, None]
+    t = tl.load(t_ptr + token // image[0], mask=in_tokens, other=0.0)[:, None]
     flat = token[:, None] * P + element[None, :]
     velocity = tl.load(velocity_ptr + flat, mask=mask, other=0.0).to(tl.float32)
     d = tl.where(mask, velocity - _velocity_target(z, e, t, COSINE_PATH), 0.0)

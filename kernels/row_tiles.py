@@ -2,7 +2,8 @@
 
 Triton's blocks are powers of two, and SiT-XL's D = 1152 padded to 2048 would leave 44 % of the lanes idle. A row is
 therefore two tiles: the largest power of two in D, and the rest rounded up to a power of two. 384, 768, 1152 and 2304
-come out exact, and no D wastes more than a third.
+come out exact, and no D wastes more than a third. In the kernels a row is a tuple with one entry a tile, and the
+functions here that take a row walk that tuple, so nothing is written twice for the second tile.
 
 A tile is a (chunks, rows, lanes) block. The compiler hands the last axis to the threads first, the middle axis to the
 warps, and keeps the first in registers: with `lanes` what one warp moves in one 16-byte access each, a warp owns whole
@@ -22,6 +23,7 @@ import triton.language as tl
 
 WARP = 32
 VECTOR_BYTES = 16
+PROGRAM_WARPS = 4
 MAX_COLUMNS = 8192
 ASSUMED_MULTIPROCESSORS = 132  # an H100 or H200; used where there is no device to ask
 
@@ -42,14 +44,13 @@ class RowTiles:
             "MAIN": self.main,
             "TAIL": self.tail,
             "LANES": self.lanes,
-            "TAIL_LANES": min(self.lanes, max(self.tail, 1)),
             "ROWS": self.rows,
             "num_warps": self.num_warps,
         }
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class RowLaunch:
     """The blocks of an op's two kernels, and how far the backward prefetches."""
 
     forward: RowTiles
@@ -64,7 +65,7 @@ def split_columns(D: int) -> tuple[int, int]:
     return (2 * main, 0) if tail == main else (main, tail)
 
 
-def choose_tiles(rows: int, D: int, dtype: torch.dtype, columns_per_thread: int, num_warps: int) -> RowTiles:
+def choose_tiles(rows: int, D: int, dtype: torch.dtype, columns_per_thread: int) -> RowTiles:
     """Tiles in which a thread holds at most `columns_per_thread` columns, all rows of the program counted.
 
     rows: how many rows there are in all; few rows make small programs, so that they spread over the device.
@@ -76,7 +77,7 @@ def choose_tiles(rows: int, D: int, dtype: torch.dtype, columns_per_thread: int,
     warps_per_row = 1
     while main + tail > columns_per_thread * WARP * warps_per_row:
         warps_per_row *= 2
-    num_warps = max(num_warps, warps_per_row)
+    num_warps = max(PROGRAM_WARPS, warps_per_row)
     while num_warps > warps_per_row and rows * warps_per_row < ASSUMED_MULTIPROCESSORS * num_warps:
         num_warps //= 2
     lanes = WARP * VECTOR_BYTES // dtype.itemsize * warps_per_row
@@ -93,9 +94,9 @@ def cut_samples(B: int, N: int, rows: int, programs: int) -> tuple[int, int]:
     return triton.cdiv(N, slice_rows), slice_rows
 
 
-def narrowest(*tensors: torch.Tensor) -> torch.dtype:
-    """The smallest element type among tensors."""
-    return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+def narrowest(*tensors: torch.Tensor | None) -> torch.dtype:
+    """The smallest element type among the tensors that are there."""
+    return min((tensor.dtype for tensor in tensors if tensor is not None), key=lambda dtype: dtype.itemsize)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -109,20 +110,70 @@ def _cuda_multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def tile_columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
-    """(WIDTH // LANES, 1, LANES) column numbers, FIRST the lowest."""
-    chunk = tl.arange(0, WIDTH // LANES)[:, None, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    return FIRST + chunk * LANES + lane
+def row_tiles(MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr):
+    """(first column, columns, lanes) of each tile of a row, which are one or two."""
+    if TAIL > 0:
+        return ((0, MAIN, LANES), (MAIN, TAIL, min(LANES, TAIL)))
+    else:
+        return ((0, MAIN, LANES),)
 
 
 @triton.jit
-def tile_mask(in_rows, columns, PADDED: tl.constexpr, D: tl.constexpr):
+def tile_columns(TILE: tl.constexpr):
+    """(chunks, 1, lanes) column numbers of TILE = (first column, columns, lanes)."""
+    chunk = tl.arange(0, TILE[1] // TILE[2])[:, None, None]
+    lane = tl.arange(0, TILE[2])[None, None, :]
+    return TILE[0] + chunk * TILE[2] + lane
+
+
+@triton.jit
+def tile_mask(in_rows, TILE: tl.constexpr, D: tl.constexpr):
     """(chunks, rows, lanes) of what exists; columns are compared only in a padded tile, for exact ones it is free."""
-    if PADDED:
-        return in_rows & (columns < D)
+    if TILE[0] + TILE[1] > D:
+        return in_rows & (tile_columns(TILE) < D)
     else:
-        return in_rows & (columns >= 0)
+        return in_rows & (tile_columns(TILE) >= 0)
+
+
+@triton.jit
+def load_f32(pointer, mask):
+    """A tile as float32, 0 where the mask is off."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def append(row, tile):
+    """A row with one more tile."""
+    row += (tile,)
+    return row
+
+
+@triton.jit
+def plus(total, more):
+    """total + more, where None is nothing yet: adding to 0.0 would be one instruction more for each element."""
+    if total is None:
+        return more
+    else:
+        return total + more
+
+
+@triton.jit
+def zero_rows(TILES: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
+    """Accumulators: SUMS zero tiles for the first tile of TILES, then as many for the second."""
+    rows = ()
+    for i in tl.static_range(len(TILES)):
+        for _ in tl.static_range(SUMS):
+            rows = append(rows, tl.zeros((TILES[i][1] // TILES[i][2], ROWS, TILES[i][2]), tl.float32))
+    return rows
+
+
+@triton.jit
+def add_tile(rows, i: tl.constexpr, tile):
+    """rows with `tile` added to its tile i."""
+    total = ()
+    for j in tl.static_range(len(rows)):
+        total = append(total, rows[j] + tile if j == i else rows[j])
+    return total
 
 
 @triton.jit
@@ -146,15 +197,19 @@ def store_row(pointer, row, value, in_rows):
 
 
 @triton.jit
-def store_slice(pointer, tile, columns, D: tl.constexpr):
-    """Sum a (chunks, rows, lanes) accumulator over its rows and store the D columns."""
+def store_slice(pointer, tile, TILE: tl.constexpr, D: tl.constexpr):
+    """Sum a (chunks, rows, lanes) accumulator over its rows and store its columns."""
+    columns = tile_columns(TILE)
     tl.store(pointer + columns, tl.sum(tile, axis=1)[:, None, :], mask=columns < D)
 
 
 @triton.jit
 def _sum_slices_kernel(
-    partial_ptr, first_ptr, second_ptr, third_ptr, slices, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
-):
+    partial_ptr,  # (sums, B, slices, D) float32
+    first_ptr, second_ptr, third_ptr,  # (B, D) each, any float type: what comes out; with fewer sums some repeat
+    slices,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -165,12 +220,10 @@ def _sum_slices_kernel(
         mask = (piece < slices) & (column < D)
         total += tl.load(partial_ptr + (first + piece) * D + column, mask=mask, other=0.0)
     result = tl.sum(total, axis=0)[None, :]
-    if which == 0:
-        tl.store(first_ptr + sample * D + column, result.to(first_ptr.dtype.element_ty), mask=column < D)
-    if which == 1:
-        tl.store(second_ptr + sample * D + column, result.to(second_ptr.dtype.element_ty), mask=column < D)
-    if which == 2:
-        tl.store(third_ptr + sample * D + column, result.to(third_ptr.dtype.element_ty), mask=column < D)
+    outputs = (first_ptr, second_ptr, third_ptr)
+    for i in tl.static_range(3):
+        if which == i:
+            tl.store(outputs[i] + sample * D + column, result.to(outputs[i].dtype.element_ty), mask=column < D)
 
 
 def sum_slices(partial: torch.Tensor, dtypes: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:

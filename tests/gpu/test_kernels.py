@@ -6,6 +6,8 @@ elements, CUDA graphs. The same numbers at small sizes are in tests/triton/, int
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tolerance import assert_close
@@ -170,7 +172,7 @@ def test_adamw_ema(device: torch.device, clip: float | None) -> None:
     count = sum(g.numel() for g in state["grads"])
     assert_close(norm, adamw_reference.global_norm(before["grads"]), F32, 4, count)
     steps = torch.arange(1.0, 1.0 + len(shapes), device=device)
-    adamw_ema.adamw_ema_step(*state.values(), steps, max_grad_norm=clip, norm=norm, **settings)
+    adamw_ema.adamw_ema_step(*state.values(), steps, norm, SimpleNamespace(max_grad_norm=clip, **settings))
     for index in range(len(shapes)):
         old = [before[name][index] for name in names]
         new = adamw_reference.adamw_ema(*old, index + 1, norm=norm.double(), max_grad_norm=clip, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import bf16_interpreter
 import pytest
 import torch
@@ -32,7 +34,7 @@ def state() -> dict[str, list[torch.Tensor]]:
 
 def apply(tensors: dict[str, list[torch.Tensor]], steps: torch.Tensor, norm: torch.Tensor, clip: float | None) -> None:
     lists = [tensors[name] for name in NAMES]
-    kernels.adamw_ema_step(*lists, steps, max_grad_norm=clip, norm=norm, **SETTINGS)
+    kernels.adamw_ema_step(*lists, steps, norm, SimpleNamespace(max_grad_norm=clip, **SETTINGS))
 
 
 @pytest.mark.parametrize("clip", [None, 1.0, 1e9])
@@ -79,14 +81,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
             assert torch.equal(old.nan_to_num(3.0), new.nan_to_num(3.0))
 
 
-def test_no_moving_average() -> None:
+@pytest.mark.parametrize("no_emas", [None, []])
+def test_no_moving_average(no_emas: list[torch.Tensor] | None) -> None:
     with_average, without = state(), None
     without = {name: [tensor.clone() for tensor in with_average[name]] for name in NAMES}
     norm, steps = kernels.global_norm(with_average["grads"]), torch.ones(len(SHAPES))
     apply(with_average, steps, norm, 1.0)
     kept = [tensor.clone() for tensor in without["emas"]]
     lists = [without[name] for name in NAMES[:4]]
-    kernels.adamw_ema_step(*lists, None, steps, max_grad_norm=1.0, norm=norm, **SETTINGS)
+    kernels.adamw_ema_step(*lists, no_emas, steps, norm, SimpleNamespace(max_grad_norm=1.0, **SETTINGS))
     for name in NAMES[:4]:
         assert all(torch.equal(a, b) for a, b in zip(with_average[name], without[name], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, without["emas"], strict=True))
@@ -95,7 +98,7 @@ def test_no_moving_average() -> None:
 def test_nothing_to_do() -> None:
     norm = kernels.global_norm([torch.empty(0)])
     assert norm == 0.0
-    kernels.adamw_ema_step([], [], [], [], [], torch.empty(0), max_grad_norm=1.0, norm=norm, **SETTINGS)
+    kernels.adamw_ema_step([], [], [], [], [], torch.empty(0), norm, SimpleNamespace(max_grad_norm=1.0, **SETTINGS))
 
 
 def test_addresses_that_moved_are_looked_up_again() -> None:

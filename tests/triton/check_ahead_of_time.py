@@ -54,10 +54,10 @@ def test_the_compiled_kernels(case: aot_table.Case) -> None:
 
 def test_the_inspection_sees_spills_and_missing_matrix_instructions() -> None:
     """So that zero spills, or some HGMMA, are findings: a backward squeezed into 32 registers spills, and has none."""
-    from sra2_fast.kernels import layer_norm_modulate as kernels
+    from sra2_fast.kernels import norm_rows as kernels
 
     case = next(case for case in CASES if case.op == "layer_norm_modulate" and case.direction == "backward")
-    kernel = kernels._layer_norm_modulate_bwd_kernel
+    kernel = kernels._norm_rows_bwd_kernel
     run = type(kernel).run
     try:
         type(kernel).run = lambda self, *args, **kwargs: run(self, *args, **(kwargs | {"maxnreg": 32}))

@@ -11,7 +11,7 @@ import torch
 from guards import between_nans, guarded_allocations
 from sra2_fast.kernels import gated_residual_layer_norm_modulate as gated
 from sra2_fast.kernels import layer_norm_modulate as plain
-from sra2_fast.kernels import row_tiles
+from sra2_fast.kernels import norm_rows, row_tiles
 from tolerance import assert_close
 
 from sra2_fast.reference import layer_norm_modulate as reference
@@ -148,7 +148,7 @@ def test_many_slices_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy = torch.randn(1, 101, 40), torch.randn(1, 101, 40)
     scale, shift = torch.randn(1, 40), torch.randn(1, 40)
     config = plain.launch_config(101, 40, F32)
-    slices, slice_rows = row_tiles.cut_samples(1, 101, config.backward.rows, plain.BACKWARD_PROGRAMS * 3)
+    slices, slice_rows = row_tiles.cut_samples(1, 101, config.backward.rows, norm_rows.BACKWARD_PROGRAMS * 3)
     assert config.backward.rows > 1 and slices > 2 and 101 % slice_rows != 0
     _, mean, rstd = plain.layer_norm_modulate_fwd(x, shift, scale, EPS, F32)
     _, dshift, dscale = plain.layer_norm_modulate_bwd(dy, x, scale, mean, rstd)
