@@ -2,7 +2,6 @@
 #include "adamw_ema.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 namespace sra2 {
 
@@ -15,30 +14,27 @@ constexpr int64_t GRAIN = 4;  // chunks: 64 Ki elements, below which a second th
 // Calls f(tensor, first, n) for each chunk of [begin, end), counted over tensors of sizes numel(tensor).
 struct Chunks {
   int64_t tensors;
-  int64_t* first = nullptr;  // first chunk of each tensor, and the total
+  Array<int64_t> first;  // first chunk of each tensor, and the total
 
   template <class Numel>
-  Chunks(int64_t tensors, const Numel& numel) : tensors(tensors) {
-    first = static_cast<int64_t*>(malloc(static_cast<size_t>(tensors + 1) * sizeof(int64_t)));
-    if (!first) return;
-    first[0] = 0;
-    for (int64_t i = 0; i < tensors; ++i) first[i + 1] = first[i] + (numel(i) + CHUNK - 1) / CHUNK;
+  Chunks(int64_t tensors, const Numel& numel) : tensors(tensors), first(tensors + 1) {
+    if (!first.data) return;
+    first.data[0] = 0;
+    for (int64_t i = 0; i < tensors; ++i) first.data[i + 1] = first.data[i] + (numel(i) + CHUNK - 1) / CHUNK;
   }
-  Chunks(const Chunks&) = delete;
-  ~Chunks() { free(first); }
 
-  int64_t count() const { return first[tensors]; }
+  int64_t count() const { return first.data[tensors]; }
 
   template <class Numel, class F>
   void each(int64_t begin, int64_t end, const Numel& numel, const F& f) const {
     int64_t low = 0, high = tensors;  // the last tensor that starts at or before begin
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (first[middle] <= begin ? low : high) = middle;
+      (first.data[middle] <= begin ? low : high) = middle;
     }
     for (int64_t chunk = begin, tensor = low; chunk < end; ++chunk) {
-      while (first[tensor + 1] <= chunk) ++tensor;
-      const int64_t at = (chunk - first[tensor]) * CHUNK, left = numel(tensor) - at;
+      while (first.data[tensor + 1] <= chunk) ++tensor;
+      const int64_t at = (chunk - first.data[tensor]) * CHUNK, left = numel(tensor) - at;
       f(chunk, tensor, at, left < CHUNK ? left : CHUNK);
     }
   }
@@ -52,17 +48,16 @@ int32_t sra2_adamw_ema_norm_cpu(int64_t tensors, const sra2_flat* grads, float* 
   const AdamWEMAKernels& kernels = adamw_ema_kernels();
   auto numel = [&](int64_t i) { return grads[i].numel; };
   const Chunks chunks(tensors, numel);
-  if (!chunks.first) return 1;
-  double* sums = static_cast<double*>(malloc(static_cast<size_t>(chunks.count() + 1) * sizeof(double)));
-  if (!sums) return 1;
+  if (!chunks.first.data) return 1;
+  const Array<double> sums(chunks.count());
+  if (!sums.data) return 1;
   const int32_t error = parallel_for(parallel, chunks.count(), GRAIN, [&](int64_t begin, int64_t end) {
     chunks.each(begin, end, numel, [&](int64_t chunk, int64_t tensor, int64_t at, int64_t n) {
-      sums[chunk] = kernels.sum_of_squares(grads[tensor].data + at, n);
+      sums.data[chunk] = kernels.sum_of_squares(grads[tensor].data + at, n);
     });
   });
   double total = 0;
-  for (int64_t i = 0; i < chunks.count(); ++i) total += sums[i];
-  free(sums);
+  for (int64_t i = 0; i < chunks.count(); ++i) total += sums.data[i];
   *norm = static_cast<float>(sqrt(total));
   return error;
 }
@@ -73,7 +68,7 @@ int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* ta
   const AdamWEMAKernels& kernels = adamw_ema_kernels();
   auto numel = [&](int64_t i) { return table[i].numel; };
   const Chunks chunks(tensors, numel);
-  if (!chunks.first) return 1;
+  if (!chunks.first.data) return 1;
   const double clip = s.max_grad_norm / (static_cast<double>(norm) + 1e-6);
   return parallel_for(parallel, chunks.count(), GRAIN, [&](int64_t begin, int64_t end) {
     AdamWEMANumbers numbers{};

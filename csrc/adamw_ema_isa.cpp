@@ -1,5 +1,6 @@
 // The arithmetic of adamw_ema.h, compiled once for each instruction set.
 #include "adamw_ema.h"
+
 #include "vec.h"
 
 namespace sra2 {

@@ -34,12 +34,12 @@ static void adamw_ema_norm(StableIValue* stack, uint64_t, uint64_t) {
   for (const Tensor& grad : grads) table.push_back({flat(op, "grads", grad, grad), grad.numel()});
   Tensor norm = grads[0].make(aoti_torch_dtype_float32(), {});
   check_ran(op, sra2_adamw_ema_norm_cpu(static_cast<int64_t>(table.size()), table.data(), norm.data<float>(),
-                                     torch_parallel_for));
+                                        torch_parallel_for));
   stack[0] = norm.release();
 }
 
-// adamw_ema_step(params, grads, exp_avgs, exp_avg_sqs, emas, steps, norm, lr, beta1, beta2, eps, weight_decay, ema_decay,
-//                max_grad_norm) -> (); emas is empty where nothing is averaged
+// adamw_ema_step(params, grads, exp_avgs, exp_avg_sqs, emas, steps, norm, lr, beta1, beta2, eps, weight_decay,
+//                ema_decay, max_grad_norm) -> (); emas is empty where nothing is averaged
 static void adamw_ema_step(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "adamw_ema_step";
   const Tensors params = take_list(stack[0]), grads = take_list(stack[1]), exp_avgs = take_list(stack[2]),
@@ -52,8 +52,7 @@ static void adamw_ema_step(StableIValue* stack, uint64_t, uint64_t) {
   check_count(op, "exp_avgs", exp_avgs, params.size());
   check_count(op, "exp_avg_sqs", exp_avg_sqs, params.size());
   if (!emas.empty()) check_count(op, "emas", emas, params.size());
-  check_array(op, "steps", steps, {static_cast<int64_t>(params.size())});
-  check_contiguous(op, "steps", steps);
+  check_contiguous(op, "steps", steps, {static_cast<int64_t>(params.size())});
   std::vector<sra2_adamw_ema_tensor> table;
   table.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {

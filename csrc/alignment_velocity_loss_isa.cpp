@@ -1,5 +1,6 @@
 // The arithmetic of alignment_velocity_loss.h, compiled once for each instruction set.
 #include "alignment_velocity_loss.h"
+
 #include "vec.h"
 
 namespace sra2 {
@@ -73,23 +74,23 @@ static void project(const sra2_loss& a, int64_t row, int64_t rows, float p[TILE]
   for (int64_t q = 0; q < P; q += TILE) {
     const T* weight[TILE];
     for (int c = 0; c < TILE; ++c) weight[c] = static_cast<const T*>(a.weight) + (q + c < P ? q + c : P - 1) * K;
-    // Rows of the next tile that these columns ask for: all columns a share. Cold, 897 -> 723 us, bf16 797 -> 627.
+    // Rows of the next tile that these columns prefetch: all columns a share. Cold, 897 -> 723 us, bf16 797 -> 627.
     const T* next[TILE];
-    int asked = 0;
+    int prefetched = 0;
     for (int r = 0; r < TILE; ++r)
-      if (r * tiles / TILE == q / TILE) next[asked++] = hidden[r] + TILE * K;
+      if (r * tiles / TILE == q / TILE) next[prefetched++] = hidden[r] + TILE * K;
     V sums[TILE * TILE] = {};
     each_step(K, [&](int64_t k, int64_t n, auto full) __attribute__((always_inline)) {
       constexpr bool FULL = decltype(full)::value;
       constexpr bool PAIRS = same<T, bf16>;
       V w[TILE], w2[TILE];
-      for (int r = 0; FULL && r < asked; ++r) prefetch(next[r] + k);
+      for (int r = 0; FULL && r < prefetched; ++r) prefetch(next[r] + k);
       _Pragma("GCC unroll 4") for (int c = 0; c < TILE; ++c) load<PAIRS, FULL>(weight[c] + k, n, w[c], w2[c]);
       _Pragma("GCC unroll 4") for (int r = 0; r < TILE; ++r) {
         V h, h2;
         load<PAIRS, FULL>(hidden[r] + k, n, h, h2);
-        keep(h);
-        keep(h2);
+        hold_in_register(h);
+        hold_in_register(h2);
         _Pragma("GCC unroll 4") for (int c = 0; c < TILE; ++c) sums[TILE * r + c] += h * w[c];
         _Pragma("GCC unroll 4") for (int c = 0; c < TILE; ++c) sums[TILE * r + c] += h2 * w2[c];
       }
@@ -223,11 +224,9 @@ static void fwd_of(const sra2_loss& a, int64_t b, int64_t first, int64_t end, do
 }
 
 static void fwd(const sra2_loss& a, int64_t b, int64_t first, int64_t end, double sums[2]) {
-  const bool h = a.hidden_dtype == SRA2_BF16, v = a.velocity_dtype == SRA2_BF16;
-  if (h)
-    v ? fwd_of<bf16, bf16>(a, b, first, end, sums) : fwd_of<bf16, float>(a, b, first, end, sums);
-  else
-    v ? fwd_of<float, bf16>(a, b, first, end, sums) : fwd_of<float, float>(a, b, first, end, sums);
+  by_dtype(a.hidden_dtype, [&](auto h) {
+    by_dtype(a.velocity_dtype, [&](auto v) { fwd_of<decltype(h), decltype(v)>(a, b, first, end, sums); });
+  });
 }
 
 // scale dp of one row as float32.
@@ -238,7 +237,7 @@ SRA2_INLINE void scaled_row(const sra2_loss_bwd& a, int64_t row, float* out) {
 }
 
 template <class T, int R>
-static void dhidden_rows(const sra2_loss_bwd& a, int64_t row, bool past) {
+static void dhidden_rows(const sra2_loss_bwd& a, int64_t row, bool non_temporal) {
   constexpr bool PAIRS = same<T, bf16>;
   float dp[MAX_PATCH][R];
   float one[MAX_PATCH];
@@ -256,21 +255,21 @@ static void dhidden_rows(const sra2_loss_bwd& a, int64_t row, bool past) {
       load<PAIRS, FULL>(weight, n, w, w2);
       _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {
         V d = splat(dp[q][r]);
-        keep(d);
+        hold_in_register(d);
         sums[r] += d * w;
         sums2[r] += d * w2;
       }
     }
     _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r)
-      store<PAIRS, FULL>(out + r * a.K + k, n, sums[r], sums2[r], past);
+        store<PAIRS, FULL>(out + r * a.K + k, n, sums[r], sums2[r], non_temporal);
   });
 }
 
 template <class T>
-static void dhidden_of(const sra2_loss_bwd& a, int64_t first, int64_t end, bool past) {
-  for (; first + DHIDDEN_ROWS <= end; first += DHIDDEN_ROWS) dhidden_rows<T, DHIDDEN_ROWS>(a, first, past);
-  for (; first < end; ++first) dhidden_rows<T, 1>(a, first, past);
-  if (past) fence();
+static void dhidden_of(const sra2_loss_bwd& a, int64_t first, int64_t end, bool non_temporal) {
+  for (; first + DHIDDEN_ROWS <= end; first += DHIDDEN_ROWS) dhidden_rows<T, DHIDDEN_ROWS>(a, first, non_temporal);
+  for (; first < end; ++first) dhidden_rows<T, 1>(a, first, non_temporal);
+  if (non_temporal) fence();
 }
 
 // Rows are taken in blocks small enough to stay in the first-level cache while all of P is accumulated; a block's sum
@@ -305,7 +304,7 @@ static void dweight_of(const sra2_loss_bwd& a, int64_t first, int64_t end, float
           load<PAIRS, FULL>(hidden, n, h, h2);
           _Pragma("GCC unroll 8") for (int c = 0; c < Q; ++c) {
             V one = splat(d[c]);
-            keep(one);
+            hold_in_register(one);
             sums[c] += one * h;
             sums2[c] += one * h2;
           }
@@ -336,8 +335,8 @@ static void dbias_of(const sra2_loss_bwd& a) {
   for (int64_t q = 0; q < a.P; ++q) a.dbias[q] = static_cast<float>(total[q]);
 }
 
-static void dhidden(const sra2_loss_bwd& a, int64_t first, int64_t end, bool past) {
-  a.dtype == SRA2_BF16 ? dhidden_of<bf16>(a, first, end, past) : dhidden_of<float>(a, first, end, past);
+static void dhidden(const sra2_loss_bwd& a, int64_t first, int64_t end, bool non_temporal) {
+  a.dtype == SRA2_BF16 ? dhidden_of<bf16>(a, first, end, non_temporal) : dhidden_of<float>(a, first, end, non_temporal);
 }
 static void dweight(const sra2_loss_bwd& a, int64_t first, int64_t end, float* sums) {
   a.dtype == SRA2_BF16 ? dweight_of<bf16>(a, first, end, sums) : dweight_of<float>(a, first, end, sums);

@@ -6,15 +6,12 @@ using namespace sra2;
 static const char* const OP = "alignment_velocity_loss";
 
 static void check(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, int32_t dtype) {
-  check_array(OP, name, t, sizes);
-  check_contiguous(OP, name, t);
+  check_contiguous(OP, name, t, sizes);
   if (t.dtype() != dtype) must_be(OP, name, dtype_name(dtype), dtype_name(t.dtype()));
 }
 
-static int32_t dtype_code(const Tensor& t) { return t.is_bf16() ? SRA2_BF16 : SRA2_F32; }
-
-// alignment_velocity_loss_fwd(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta, eps)
-// -> (velocity, align, dvelocity, dp)
+// alignment_velocity_loss_fwd(hidden, weight, bias, velocity_tokens, latents, noise, t, patch_size, path, align, beta,
+//                             eps) -> (velocity, align, dvelocity, dp)
 static void fwd(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor hidden(stack[0]), weight(stack[1]), bias(stack[2]), velocity(stack[3]), latents(stack[4]),
       noise(stack[5]), t(stack[6]);
@@ -56,18 +53,15 @@ static void fwd(StableIValue* stack, uint64_t, uint64_t) {
                        t.data<float>(),
                        dvelocity.data(),
                        dp.data(),
-                       dtype_code(hidden),
-                       dtype_code(velocity),
+                       hidden.dtype_code(),
+                       velocity.dtype_code(),
                        static_cast<int32_t>(path),
                        static_cast<int32_t>(align),
                        static_cast<float>(as_double(stack[10])),
                        static_cast<float>(as_double(stack[11]))};
   check_ran(OP, sra2_alignment_velocity_loss_fwd_cpu(&args, velocity_loss.data<float>(), align_loss.data<float>(),
                                                      torch_parallel_for));
-  stack[0] = velocity_loss.release();
-  stack[1] = align_loss.release();
-  stack[2] = dvelocity.release();
-  stack[3] = dp.release();
+  give_back(stack, velocity_loss, align_loss, dvelocity, dp);
 }
 
 // alignment_velocity_loss_bwd(dalign, dp, hidden, weight, need_dhidden, need_dweight, need_dbias) -> (dhidden, dweight,
@@ -99,11 +93,9 @@ static void bwd(StableIValue* stack, uint64_t, uint64_t) {
                            need_dhidden ? dhidden.data() : nullptr,
                            need_dweight ? dweight.data<float>() : nullptr,
                            need_dbias ? dbias.data<float>() : nullptr,
-                           dtype_code(dp)};
+                           dp.dtype_code()};
   check_ran(OP, sra2_alignment_velocity_loss_bwd_cpu(&args, torch_parallel_for));
-  stack[0] = dhidden.release();
-  stack[1] = dweight.release();
-  stack[2] = dbias.release();
+  give_back(stack, dhidden, dweight, dbias);
 }
 
 static const Implementations registered =

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 namespace sra2 {
@@ -24,12 +23,10 @@ Isa cpu_isa() {
   return isa;
 }
 
-Floats::Floats(int64_t n) : data(nullptr) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, static_cast<size_t>(n > 0 ? n : 1) * sizeof(float)) == 0) data = static_cast<float*>(p);
+void* allocate(int64_t bytes) {
+  void* memory = nullptr;
+  return posix_memalign(&memory, 64, static_cast<size_t>(bytes > 0 ? bytes : 1)) ? nullptr : memory;
 }
-
-Floats::~Floats() { free(data); }
 
 }  // namespace sra2
 

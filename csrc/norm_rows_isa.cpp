@@ -1,15 +1,16 @@
 // Rows of y = LN(x)(1 + scale) + shift and of its gradients, optionally with x = x_old + gate branch on the way in.
 // Formulas: sra2_fast/reference/layer_norm_modulate.py and gated_residual_layer_norm_modulate.py.
 #include "norm_rows.h"
+
 #include "vec.h"
 
 namespace sra2 {
 namespace SRA2_ISA {
 
 // Rows in flight: their loads and reductions overlap, and modulation and partial sums are read once for all of them.
-// Each pass asks for a share of the next rows, since a core waits for few lines at once, and large results are stored
-// past the caches. Two threads of a 2.8 GHz Ice Lake, cold caches, (4, 256, 1152), us, when the last pass asked for all
-// and stores went through the caches -> now (a copy of as many bytes): float32 forward 530 -> 429 (514), backward
+// Each pass prefetches a share of the next rows, since a core waits for few lines at once, and large results are stored
+// past the caches. Two threads of a 2.8 GHz Ice Lake, cold caches, (4, 256, 1152), us, when the last pass prefetched
+// all and stores went through the caches -> now (a copy of as many bytes): float32 forward 530 -> 429 (514), backward
 // 776 -> 678 (751), gated 950 -> 762 (1008) and 1328 -> 1158 (1440); bf16 403 -> 354 (281), 588 -> 518 (393), gated
 // 659 -> 590 (503) and 968 -> 820 (733).
 constexpr int ROWS = 4;
@@ -20,12 +21,13 @@ SRA2_INLINE T* row(const sra2_rows& rows, int64_t i) {
   return static_cast<T*>(rows.data) + i * rows.stride;
 }
 
-// The pass, of PASSES over R rows, that asks for the r-th of the next R.
+// The pass, of PASSES over R rows, that prefetches the r-th of the next R.
 template <int R, int PASSES>
 constexpr int pass_of(int r) {
   return (r * PASSES + PASSES - 1) / R;
 }
 
+// X, B, Y: the types of x and its gradient, of the branch and its, and of y or dy. R rows from row i on.
 template <class X, class B, class Y, bool BRANCH, int R>
 static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
   const NormArgs a = args;  // a copy: the stores below cannot change it, so nothing of it is read twice
@@ -34,9 +36,10 @@ static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
   const float *scale1 = scratch, *shift = scratch + a.padded, *gate = scratch + 2 * a.padded;
   X* x_new = reinterpret_cast<X*>(scratch + 3 * a.padded);  // R rows, in cache until the last pass
   const X* x[R];                                            // the rows to normalise
-  V total[2][R] = {}, squares[2][R] = {};  // of even and odd vectors: short sums are more exact sums
+  // Of even and odd vectors: short sums are more exact sums.
+  V total[2][R] = {}, squares[2][R] = {};
   SRA2_ROWS x[r] = BRANCH ? x_new + r * a.padded : row<X>(a.x, i + r);
-  const auto ask = [&](int r, int64_t k) __attribute__((always_inline)) {
+  const auto prefetch_next = [&](int r, int64_t k) __attribute__((always_inline)) {
     prefetch(row<X>(a.x, i + r + R) + k);
     if constexpr (BRANCH) prefetch(row<B>(a.branch, i + r + R) + k);
   };
@@ -45,7 +48,7 @@ static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
     constexpr bool FULL = decltype(full)::value;
     SRA2_ROWS {
       V p, q;
-      if (FULL && pass_of<R, 3>(r) == 0) ask(r, k);
+      if (FULL && pass_of<R, 3>(r) == 0) prefetch_next(r, k);
       if constexpr (BRANCH) {
         V bp, bq;
         load<PAIRS, FULL>(row<X>(a.x, i + r) + k, n, p, q);
@@ -73,7 +76,7 @@ static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
     }
     SRA2_ROWS {
       V p, q;
-      if (FULL && pass_of<R, 3>(r) == 1) ask(r, k);
+      if (FULL && pass_of<R, 3>(r) == 1) prefetch_next(r, k);
       load<PAIRS, FULL>(x[r] + k, n, p, q);
       p -= mean[r];
       q -= mean[r];
@@ -95,12 +98,12 @@ static void fwd_rows(const NormArgs& args, int64_t i, float* scratch) {
     constexpr bool FULL = decltype(full)::value;
     SRA2_ROWS {
       V p, q;
-      if (FULL && pass_of<R, 3>(r) == 2) ask(r, k);
+      if (FULL && pass_of<R, 3>(r) == 2) prefetch_next(r, k);
       load<PAIRS, FULL>(x[r] + k, n, p, q);
-      if constexpr (BRANCH) move<FULL>(row<X>(a.x_new, i + r) + k, x[r] + k, n, a.past);
+      if constexpr (BRANCH) move<FULL>(row<X>(a.x_new, i + r) + k, x[r] + k, n, a.non_temporal);
       p = (p - mean[r]) * rstd[r] * get<V>(scale1 + k) + get<V>(shift + k);
       q = (q - mean[r]) * rstd[r] * get<V>(scale1 + k + W) + get<V>(shift + k + W);
-      store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q, a.past);
+      store<PAIRS, FULL>(row<Y>(a.y, i + r) + k, n, p, q, a.non_temporal);
     }
   });
 }
@@ -115,11 +118,10 @@ static void bwd_rows(const NormArgs& args, int64_t i, const float* scratch, floa
   const float *scale1 = scratch, *gate = scratch + 2 * a.padded;
   float *dscale = sums, *dshift = sums + a.padded, *dgate = sums + 2 * a.padded;
   const bool want_modulation = a.dscale.data || a.dshift.data;
-  const sra2_rows& x = BRANCH ? a.x_new : a.x;
   float mean[R], rstd[R];
   V g_sum[R] = {}, gx_sum[R] = {};
-  const auto ask = [&](int r, int64_t k) __attribute__((always_inline)) {
-    prefetch(row<X>(x, i + r + R) + k);
+  const auto prefetch_next = [&](int r, int64_t k) __attribute__((always_inline)) {
+    prefetch(row<X>(a.x, i + r + R) + k);
     prefetch(row<Y>(a.dy, i + r + R) + k);
   };
   SRA2_ROWS {
@@ -134,13 +136,13 @@ static void bwd_rows(const NormArgs& args, int64_t i, const float* scratch, floa
     SRA2_ROWS {
       V p, q, dp, dq;
       if constexpr (FULL) {
-        if (pass_of<R, 2>(r) == 0) ask(r, k);
+        if (pass_of<R, 2>(r) == 0) prefetch_next(r, k);
         if constexpr (BRANCH) {
           if (a.dx_new.data) prefetch(row<X>(a.dx_new, i + r) + k);
           prefetch(row<B>(a.branch, i + r) + k);
         }
       }
-      load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
+      load<PAIRS, FULL>(row<X>(a.x, i + r) + k, n, p, q);
       load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
       p = (p - mean[r]) * rstd[r];  // not x rstd - mean rstd, which is off by mean rstd 2^-24: much, for a constant row
       q = (q - mean[r]) * rstd[r];
@@ -174,8 +176,8 @@ static void bwd_rows(const NormArgs& args, int64_t i, const float* scratch, floa
     V dgate_p = {}, dgate_q = {};
     SRA2_ROWS {
       V p, q, dp, dq;
-      if (FULL && pass_of<R, 2>(r) == 1) ask(r, k);
-      load<PAIRS, FULL>(row<X>(x, i + r) + k, n, p, q);
+      if (FULL && pass_of<R, 2>(r) == 1) prefetch_next(r, k);
+      load<PAIRS, FULL>(row<X>(a.x, i + r) + k, n, p, q);
       load<PAIRS, FULL>(row<Y>(a.dy, i + r) + k, n, dp, dq);
       p = dp * sp * rstd[r] + ((p - mean[r]) * c1[r] + c0[r]);
       q = dq * sq * rstd[r] + ((q - mean[r]) * c1[r] + c0[r]);
@@ -192,9 +194,9 @@ static void bwd_rows(const NormArgs& args, int64_t i, const float* scratch, floa
         }
         if (a.dbranch.data)
           store<PAIRS, FULL>(row<B>(a.dbranch, i + r) + k, n, p * get<V>(gate + k), q * get<V>(gate + k + W),
-                             a.past);
+                             a.non_temporal);
       }
-      if (!BRANCH || a.dx.data) store<PAIRS, FULL>(row<X>(a.dx, i + r) + k, n, p, q, a.past);
+      if (!BRANCH || a.dx.data) store<PAIRS, FULL>(row<X>(a.dx, i + r) + k, n, p, q, a.non_temporal);
     }
     if constexpr (BRANCH) {
       if (a.dgate.data) {
@@ -217,21 +219,18 @@ static void bwd_all(const NormArgs& a, int64_t i, int64_t end, const float* scra
   for (; i < end; ++i) bwd_rows<X, B, Y, BRANCH, 1>(a, i, scratch, sums);
 }
 
-// Calls F<X, B, Y, BRANCH> for the dtypes of this call; y is what stands at Y: y forward, dy backward.
-#define SRA2_BY_DTYPE(F, y, ...)                                                               \
-  do {                                                                                         \
-    const bool x16 = a.x.dtype, y16 = y.dtype, b16 = a.branch.dtype;                           \
-    if (!a.branch.data) {                                                                      \
-      if (x16) y16 ? F<bf16, bf16, bf16, false>(__VA_ARGS__) : F<bf16, bf16, float, false>(__VA_ARGS__); \
-      else y16 ? F<float, bf16, bf16, false>(__VA_ARGS__) : F<float, bf16, float, false>(__VA_ARGS__);   \
-    } else if (b16) {                                                                          \
-      if (x16) y16 ? F<bf16, bf16, bf16, true>(__VA_ARGS__) : F<bf16, bf16, float, true>(__VA_ARGS__);   \
-      else y16 ? F<float, bf16, bf16, true>(__VA_ARGS__) : F<float, bf16, float, true>(__VA_ARGS__);     \
-    } else {                                                                                   \
-      if (x16) y16 ? F<bf16, float, bf16, true>(__VA_ARGS__) : F<bf16, float, float, true>(__VA_ARGS__); \
-      else y16 ? F<float, float, bf16, true>(__VA_ARGS__) : F<float, float, float, true>(__VA_ARGS__);   \
-    }                                                                                          \
-  } while (0)
+// Calls f for the dtypes of x, branch (bf16 where there is none) and y, which is y forward and dy backward.
+template <class F>
+static void by_dtypes(const NormArgs& a, const sra2_rows& y, const F& f) {
+  by_dtype(a.x.dtype, [&](auto x) {
+    by_dtype(y.dtype, [&](auto y) {
+      if (a.branch.data)
+        by_dtype(a.branch.dtype, [&](auto branch) { f(x, branch, y, Yes()); });
+      else
+        f(x, bf16(), y, No());
+    });
+  });
+}
 
 static bool in_pairs(const NormArgs& a) {
   const int32_t y = a.y.data ? a.y.dtype : a.dy.dtype;
@@ -259,15 +258,19 @@ static void load_modulation(const NormArgs& a, int64_t b, float* scratch) {
 
 static void fwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, float* scratch) {
   const int64_t start = b * a.shape.N;
-  SRA2_BY_DTYPE(fwd_all, a.y, a, start + first, start + end, scratch);
-  if (a.past) fence();
+  by_dtypes(a, a.y, [&](auto x, auto branch, auto y, auto has_branch) {
+    fwd_all<decltype(x), decltype(branch), decltype(y), has_branch.value>(a, start + first, start + end, scratch);
+  });
+  if (a.non_temporal) fence();
 }
 
 static void bwd(const NormArgs& a, int64_t b, int64_t first, int64_t end, const float* scratch, float* sums) {
   const int64_t start = b * a.shape.N;
   memset(sums, 0, static_cast<size_t>(a.sums()) * sizeof(float));
-  SRA2_BY_DTYPE(bwd_all, a.dy, a, start + first, start + end, scratch, sums);
-  if (a.past) fence();
+  by_dtypes(a, a.dy, [&](auto x, auto branch, auto y, auto has_branch) {
+    bwd_all<decltype(x), decltype(branch), decltype(y), has_branch.value>(a, start + first, start + end, scratch, sums);
+  });
+  if (a.non_temporal) fence();
 }
 
 template <bool PAIRS, class T>
@@ -287,12 +290,10 @@ static void add_sums(const NormArgs& a, int64_t b, const float* sums, int64_t pi
   const bool pairs = in_pairs(a);
   for (int j = 0; j < 3; ++j, sums += a.padded) {
     if (!outs[j]->data) continue;
-    if (outs[j]->dtype == SRA2_BF16)
-      pairs ? add_sum<true>(a, row<bf16>(*outs[j], b), sums, pieces)
-            : add_sum<false>(a, row<bf16>(*outs[j], b), sums, pieces);
-    else
-      pairs ? add_sum<true>(a, row<float>(*outs[j], b), sums, pieces)
-            : add_sum<false>(a, row<float>(*outs[j], b), sums, pieces);
+    by_dtype(outs[j]->dtype, [&](auto t) {
+      const auto out = row<decltype(t)>(*outs[j], b);
+      pairs ? add_sum<true>(a, out, sums, pieces) : add_sum<false>(a, out, sums, pieces);
+    });
   }
 }
 

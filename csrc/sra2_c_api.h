@@ -1,5 +1,5 @@
 /* The kernels' own C ABI: no torch, no C++ types. Every function returns 0, or an error number (CPU: 1 = out of memory;
-   CUDA: a cudaError_t). An op adds its functions below; csrc/<op>_cpu.cpp and csrc/<op>_cuda.cu define them. */
+   CUDA: a cudaError_t). An op adds its functions below; files named _cpu.cpp and _cuda.cu define them. */
 #pragma once
 #include <stdint.h>
 #define SRA2_API __attribute__((visibility("default")))
@@ -31,44 +31,23 @@ SRA2_API const char* sra2_cpu_isa(void);
 SRA2_API int32_t sra2_cuda_driver_needed(void);
 SRA2_API const char* sra2_cuda_error_string(int32_t error);
 
-/* y = LN(x) (1 + scale) + shift; mean, rstd: (B * N). */
-SRA2_API int32_t sra2_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x, sra2_rows shift, sra2_rows scale,
-                                                  float eps, sra2_rows y, float* mean, float* rstd,
-                                                  sra2_parallel parallel);
-/* Gradients; dshift, dscale are summed over N in float32. */
-SRA2_API int32_t sra2_layer_norm_modulate_bwd_cpu(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
-                                                  const float* mean, const float* rstd, sra2_rows dx,
-                                                  sra2_rows dshift, sra2_rows dscale, sra2_parallel parallel);
-/* workspace of the two backwards on CUDA: this many floats on the device. */
+/* layer_norm_modulate, y = LN(x) (1 + scale) + shift, and gated_residual_layer_norm_modulate, which is that of x_new =
+   x + gate branch: one struct for both, forward and backward. branch.data is null for the plain one. mean, rstd: (B *
+   N), written forward and read backward. Backward x is what was normalised (x_new of the gated one), dx_new.data may be
+   null (no gradient arrives there), and so may each output's. dgate, dshift, dscale are summed over N in float32. */
+typedef struct {
+  sra2_shape shape;
+  sra2_rows x, branch, gate, shift, scale, x_new, y;
+  sra2_rows dx_new, dy, dx, dbranch, dgate, dshift, dscale;
+  float *mean, *rstd;
+  float* workspace; /* backward on CUDA: sra2_norm_workspace(shape) floats on the device */
+  float eps;
+} sra2_norm;
+SRA2_API int32_t sra2_norm_fwd_cpu(const sra2_norm* args, sra2_parallel parallel);
+SRA2_API int32_t sra2_norm_bwd_cpu(const sra2_norm* args, sra2_parallel parallel);
+SRA2_API int32_t sra2_norm_fwd_cuda(const sra2_norm* args, void* stream);
+SRA2_API int32_t sra2_norm_bwd_cuda(const sra2_norm* args, void* stream);
 SRA2_API int64_t sra2_norm_workspace(sra2_shape shape);
-SRA2_API int32_t sra2_layer_norm_modulate_fwd_cuda(sra2_shape shape, sra2_rows x, sra2_rows shift, sra2_rows scale,
-                                                   float eps, sra2_rows y, float* mean, float* rstd, void* stream);
-SRA2_API int32_t sra2_layer_norm_modulate_bwd_cuda(sra2_shape shape, sra2_rows dy, sra2_rows x, sra2_rows scale,
-                                                   const float* mean, const float* rstd, sra2_rows dx,
-                                                   sra2_rows dshift, sra2_rows dscale, float* workspace, void* stream);
-
-/* x_new = x + gate branch; y = LN(x_new) (1 + scale) + shift. */
-SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_fwd_cpu(sra2_shape shape, sra2_rows x, sra2_rows branch,
-                                                                 sra2_rows gate, sra2_rows shift, sra2_rows scale,
-                                                                 float eps, sra2_rows x_new, sra2_rows y, float* mean,
-                                                                 float* rstd, sra2_parallel parallel);
-/* dx_new.data may be null: no gradient reaches x_new but through y. */
-SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_bwd_cpu(sra2_shape shape, sra2_rows dx_new, sra2_rows dy,
-                                                                 sra2_rows x_new, sra2_rows branch, sra2_rows gate,
-                                                                 sra2_rows scale, const float* mean, const float* rstd,
-                                                                 sra2_rows dx, sra2_rows dbranch, sra2_rows dgate,
-                                                                 sra2_rows dshift, sra2_rows dscale,
-                                                                 sra2_parallel parallel);
-SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_fwd_cuda(sra2_shape shape, sra2_rows x, sra2_rows branch,
-                                                                  sra2_rows gate, sra2_rows shift, sra2_rows scale,
-                                                                  float eps, sra2_rows x_new, sra2_rows y, float* mean,
-                                                                  float* rstd, void* stream);
-SRA2_API int32_t sra2_gated_residual_layer_norm_modulate_bwd_cuda(sra2_shape shape, sra2_rows dx_new, sra2_rows dy,
-                                                                  sra2_rows x_new, sra2_rows branch, sra2_rows gate,
-                                                                  sra2_rows scale, const float* mean,
-                                                                  const float* rstd, sra2_rows dx, sra2_rows dbranch,
-                                                                  sra2_rows dgate, sra2_rows dshift, sra2_rows dscale,
-                                                                  float* workspace, void* stream);
 
 /* Flat float32 memory. */
 typedef struct {
@@ -97,8 +76,9 @@ SRA2_API int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_t
 
 enum { SRA2_LINEAR = 0, SRA2_COSINE_PATH = 1 };
 enum { SRA2_COSINE = 0, SRA2_SMOOTH_L1 = 1, SRA2_MSE = 2, SRA2_L1 = 3 };
-/* B samples of N tokens; hidden: (B N, K) and weight: (P, K), bias: (P), all of one dtype; velocity and dvelocity: (B N, P)
-   of one dtype; dp: (B N, P) of hidden's. latents, noise: (B, C, H, width); t: (B). Everything contiguous, P <= 256. */
+/* B samples of N tokens; hidden: (B N, K) and weight: (P, K), bias: (P), all of one dtype; velocity and dvelocity: (B
+   N, P) of one dtype; dp: (B N, P) of hidden's. latents, noise: (B, C, H, width); t: (B). Everything contiguous, P <=
+   256. */
 typedef struct {
   int64_t B, N, K, P, C, H, width, patch_size;
   const void *hidden, *weight, *bias, *velocity;
@@ -109,7 +89,8 @@ typedef struct {
 } sra2_loss;
 SRA2_API int32_t sra2_alignment_velocity_loss_fwd_cpu(const sra2_loss* args, float* velocity_loss, float* align_loss,
                                                       sra2_parallel parallel);
-/* hidden, weight, dp: rows = B N, one dtype, contiguous; dweight, dbias float32. Each of the three outputs may be null. */
+/* hidden, weight, dp: rows = B N, one dtype, contiguous; dweight, dbias float32. Each of the three outputs may be null.
+ */
 typedef struct {
   int64_t rows, K, P;
   const void *hidden, *weight, *dp;

@@ -46,11 +46,8 @@ AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, 
                                         AtenTensorHandle* ret_new_tensor);
 AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret_guard);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
-AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line,
-                                                TorchLibraryHandle* ret_new_torch_lib);
 AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
                                             TorchLibraryHandle* ret_new_torch_lib);
-AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
 AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
@@ -64,8 +61,8 @@ namespace sra2 {
 
 constexpr uint64_t TORCH_ABI = (2ULL << 56) | (10ULL << 48);  // the meaning of torch 2.10's stack values
 
-#define SRA2_OK(call)                                                                    \
-  do {                                                                                   \
+#define SRA2_OK(call)                                                                  \
+  do {                                                                                 \
     if ((call) != 0) throw std::runtime_error("sra2_fast: torch call failed: " #call); \
   } while (0)
 
@@ -80,24 +77,25 @@ struct Tensor {
     if (handle) aoti_torch_delete_tensor_object(handle);
   }
   template <class R, class F, class... A>
-  R ask(F f, A... a) const {
+  R get(F f, A... a) const {
     R v{};
     SRA2_OK(f(handle, a..., &v));
     return v;
   }
-  int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
-  int64_t size(int64_t d) const { return ask<int64_t>(aoti_torch_get_size, d); }
-  int64_t stride(int64_t d) const { return ask<int64_t>(aoti_torch_get_stride, d); }
-  int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
-  int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
-  int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
-  bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
+  int64_t size(int64_t d) const { return get<int64_t>(aoti_torch_get_size, d); }
+  int64_t stride(int64_t d) const { return get<int64_t>(aoti_torch_get_stride, d); }
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
+  int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
+  int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
+  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   template <class T = void>
   T* data() const {
-    return static_cast<T*>(ask<void*>(aoti_torch_get_data_ptr));
+    return static_cast<T*>(get<void*>(aoti_torch_get_data_ptr));
   }
   bool is_bf16() const { return dtype() == aoti_torch_dtype_bfloat16(); }
+  int32_t dtype_code() const { return is_bf16() ? SRA2_BF16 : SRA2_F32; }
 
   // A new contiguous tensor on the same device.
   Tensor make(int32_t dtype, std::initializer_list<int64_t> sizes) const {
@@ -111,10 +109,11 @@ struct Tensor {
                                      device_index(), &t.handle));
     return t;
   }
-  // The rows of a (.., D) tensor whose last dimension but one strides evenly (contiguous, or 2-d).
+  // The rows of a (.., D) tensor whose last dimension but one strides evenly (contiguous, or 2-d); null where there is
+  // no tensor, or no element in it.
   sra2_rows rows() const {
-    int64_t d = dim();
-    return {data(), stride(d - 2), is_bf16() ? SRA2_BF16 : SRA2_F32};
+    if (!handle || numel() == 0) return {};
+    return {data(), stride(dim() - 2), dtype_code()};
   }
   StableIValue release() {
     auto v = reinterpret_cast<StableIValue>(handle);
@@ -122,6 +121,12 @@ struct Tensor {
     return v;
   }
 };
+
+// The results of an op, those that are there, as the boxed calling convention wants them: from the bottom of the stack.
+template <class... T>
+void give_back(StableIValue* stack, T&... results) {
+  ((results.handle ? void(*stack++ = results.release()) : void()), ...);
+}
 
 // A Tensor[] argument. The list of handles is given up at once: its elements belong to whoever took them.
 inline std::vector<Tensor> take_list(StableIValue v) {
@@ -154,9 +159,12 @@ inline double as_double(StableIValue v) {
 inline int64_t as_int(StableIValue v) { return static_cast<int64_t>(v); }
 inline bool as_bool(StableIValue v) { return (v & 0xff) != 0; }
 
+// An op as torch calls it: its arguments lie on the stack in the schema's order, and its results replace them. A tensor
+// there is a handle that the op owns.
 using Boxed = void (*)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
 
 // Implementations for one dispatch key ("CPU", "CUDA") of ops whose schema is defined in Python, sra2_fast/ops/<op>.py.
+// Each csrc/*_torch*.cpp has a static one, so that loading the library registers them.
 struct Implementations {
   TorchLibraryHandle handle = nullptr;  // never deleted: lives as long as the process
   explicit Implementations(const char* key) {
@@ -174,10 +182,16 @@ struct Implementations {
   throw std::runtime_error(std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
 }
 
-inline std::string sizes_of(const Tensor& t) {
+inline std::string sizes_text(const int64_t* sizes, size_t dim) {
   std::string s = "(";
-  for (int64_t i = 0, n = t.dim(); i < n; ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + (t.dim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < dim; ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + (dim == 1 ? ",)" : ")");
+}
+
+inline std::string sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0, n = t.dim(); i < n; ++i) sizes.push_back(t.size(i));
+  return sizes_text(sizes.data(), sizes.size());
 }
 
 inline std::string dtype_name(int32_t t) {
@@ -190,13 +204,9 @@ inline std::string dtype_name(int32_t t) {
 
 // A tensor of exactly these sizes, float32 or bfloat16, unit stride in the last dimension.
 inline void check_array(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  std::string want = "(";
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    want += (i ? ", " : "") + std::to_string(sizes.begin()[i]);
-    same = same && t.size(static_cast<int64_t>(i)) == sizes.begin()[i];
-  }
-  if (!same) must_be(op, name, want + (sizes.size() == 1 ? ",)" : ")"), sizes_of(t));
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(static_cast<int64_t>(i)) == sizes.begin()[i];
+  if (!same) must_be(op, name, sizes_text(sizes.begin(), sizes.size()), sizes_of(t));
   int32_t dtype = t.dtype();
   if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_bfloat16())
     must_be(op, name, "float32 or bfloat16", dtype_name(dtype));
@@ -205,7 +215,8 @@ inline void check_array(const char* op, const char* name, const Tensor& t, std::
     must_be(op, name, "of stride 1 in the last dimension", std::to_string(t.stride(last)));
 }
 
-inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+inline void check_contiguous(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  check_array(op, name, t, sizes);
   if (!t.is_contiguous()) must_be(op, name, "contiguous", "a strided tensor");
 }
 

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "sra2_c_api.h"
+
 #define SRA2_INLINE inline __attribute__((always_inline))
 
 namespace sra2 {
@@ -25,6 +27,7 @@ constexpr int W = 8;  // also where registers hold four: sums over more lanes ar
 #endif
 constexpr int STEP = 2 * W;
 
+// The compiler's vector types: arithmetic is lane by lane. V: float32, U: its bits, H: as many bf16.
 typedef float V __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
@@ -35,6 +38,12 @@ template <class A, class B>
 constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
+
+// Calls f with a value of the type that a dtype of sra2_c_api.h names.
+template <class F>
+void by_dtype(int32_t dtype, const F& f) {
+  dtype == SRA2_BF16 ? f(bf16()) : f(float());
+}
 
 SRA2_INLINE float sum(V v) {
 #if defined(__AVX512F__)
@@ -66,8 +75,8 @@ SRA2_INLINE U round_bits(V f) {
 }
 
 // Have v in a register. A product that reads memory itself loads once for each use, and with an index costs another
-// instruction: a tile of 4 x 4 sums runs at 146 GFLOP/s with its rows kept, at 80 without (one core of an Ice Lake).
-SRA2_INLINE void keep(V& v) {
+// instruction: a tile of 4 x 4 sums runs at 146 GFLOP/s with its rows held, at 80 without (one core of an Ice Lake).
+SRA2_INLINE void hold_in_register(V& v) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(v));
 #elif defined(__AVX2__)
@@ -118,9 +127,9 @@ SRA2_INLINE void load(const bf16* p, V& a, V& b) {
     b = (V)(__builtin_convertvector(get<H>(p + W), U) << 16);
   }
 }
-// Stores past the caches, for rows larger than they are: a plain store first reads the line that it overwrites.
-// p must be aligned to the vector; fence() before another thread looks.
-SRA2_INLINE void put_past(void* p, V v) {
+// Non-temporal stores, past the caches, for rows larger than they are: a plain store first reads the line that it
+// overwrites. p must be aligned to the vector; fence() before another thread looks.
+SRA2_INLINE void put_non_temporal(void* p, V v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
 #elif defined(__AVX2__)
@@ -133,7 +142,7 @@ SRA2_INLINE void put_past(void* p, V v) {
   put(p, v);
 #endif
 }
-SRA2_INLINE void put_past(void* p, H v) {
+SRA2_INLINE void put_non_temporal(void* p, H v) {
 #if defined(__AVX512F__)
   _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 #elif defined(__AVX2__)
@@ -147,16 +156,16 @@ SRA2_INLINE void fence() {
   _mm_sfence();
 #endif
 }
-template <bool PAST, class T>
+template <bool NON_TEMPORAL, class T>
 SRA2_INLINE void place(void* p, T v) {
-  if constexpr (PAST)
-    put_past(p, v);
+  if constexpr (NON_TEMPORAL)
+    put_non_temporal(p, v);
   else
     put(p, v);
 }
 
 // STEP elements.
-template <bool PAIRS, bool PAST = false>
+template <bool PAIRS, bool NON_TEMPORAL = false>
 SRA2_INLINE void store(float* p, V a, V b) {
   if constexpr (PAIRS) {
     for (int i = 0; i < W; ++i) {
@@ -164,17 +173,17 @@ SRA2_INLINE void store(float* p, V a, V b) {
       p[2 * i + 1] = b[i];
     }
   } else {
-    place<PAST>(p, a);
-    place<PAST>(p + W, b);
+    place<NON_TEMPORAL>(p, a);
+    place<NON_TEMPORAL>(p + W, b);
   }
 }
-template <bool PAIRS, bool PAST = false>
+template <bool PAIRS, bool NON_TEMPORAL = false>
 SRA2_INLINE void store(bf16* p, V a, V b) {
   if constexpr (PAIRS) {
-    place<PAST>(p, (V)((round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u)));
+    place<NON_TEMPORAL>(p, (V)((round_bits(a) >> 16) | (round_bits(b) & 0xffff0000u)));
   } else {
-    place<PAST>(p, __builtin_convertvector(round_bits(a) >> 16, H));
-    place<PAST>(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
+    place<NON_TEMPORAL>(p, __builtin_convertvector(round_bits(a) >> 16, H));
+    place<NON_TEMPORAL>(p + W, __builtin_convertvector(round_bits(b) >> 16, H));
   }
 }
 
@@ -204,10 +213,10 @@ SRA2_INLINE void load(const T* p, int64_t n, V& a, V& b) {
     load_some<PAIRS>(p, n, a, b);
 }
 template <bool PAIRS, bool FULL, class T>
-SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool past = false) {
+SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool non_temporal = false) {
   if constexpr (!FULL)
     store_some<PAIRS>(p, n, a, b);
-  else if (past)
+  else if (non_temporal)
     store<PAIRS, true>(p, a, b);
   else
     store<PAIRS>(p, a, b);
@@ -215,11 +224,11 @@ SRA2_INLINE void store(T* p, int64_t n, V a, V b, bool past = false) {
 
 // n elements from cache to where store() would put them.
 template <bool FULL, class T>
-SRA2_INLINE void move(T* to, const T* from, int64_t n, bool past) {
+SRA2_INLINE void move(T* to, const T* from, int64_t n, bool non_temporal) {
   if constexpr (FULL) {
     for (int i = 0; i < STEP; i += static_cast<int>(sizeof(V) / sizeof(T))) {
-      if (past)
-        put_past(to + i, get<V>(from + i));
+      if (non_temporal)
+        put_non_temporal(to + i, get<V>(from + i));
       else
         put(to + i, get<V>(from + i));
     }
@@ -228,20 +237,21 @@ SRA2_INLINE void move(T* to, const T* from, int64_t n, bool past) {
   }
 }
 
-// Ask for the cache lines of STEP elements.
+// The cache lines of STEP elements.
 template <class T>
 SRA2_INLINE void prefetch(const T* p) {
   const char* line = reinterpret_cast<const char*>(p);
   for (int i = 0; i < static_cast<int>(STEP * sizeof(T)); i += 64) __builtin_prefetch(line + i);
 }
 
-// Calls body(k, n, full) for every step of a row of D elements; full is a compile-time true for all but a last short one.
+// true and false as types, which a lambda's argument can carry to `if constexpr`.
 struct Yes {
   static constexpr bool value = true;
 };
 struct No {
   static constexpr bool value = false;
 };
+// Calls body(k, n, full) for every step of a row of D elements: full is Yes() for all but a last short one.
 template <class F>
 SRA2_INLINE void each_step(int64_t D, const F& body) {
   int64_t k = 0;

@@ -4,7 +4,6 @@
 //
 // Gradients of the modulation: a block walks a slice of one sample's rows and keeps its columns' sums in registers;
 // the slices' sums are then added in order by a second kernel. No atomics: every run gives the same bits.
-#pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,19 +15,10 @@ constexpr int COLUMNS = 8;  // 16 bytes of bf16, two loads of 16 bytes of float3
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / 32;
 
-struct NormCuda {
-  sra2_shape shape;
-  sra2_rows x, branch, gate, shift, scale, x_new, y;
-  sra2_rows dx_new, dy, dx, dbranch, dgate, dshift, dscale;
-  float* mean;
-  float* rstd;
-  float* sums;  // (B, slices, 3, D): dscale, dshift, dgate
-  float eps;
-};
-
 // VECTOR: rows are 16-byte aligned and D is a multiple of 8; else element by element, zeros beyond the row.
 template <bool VECTOR>
-__device__ __forceinline__ void load_columns(const sra2_rows& rows, int64_t row, int64_t col, int64_t D, float (&v)[8]) {
+__device__ __forceinline__ void load_columns(const sra2_rows& rows, int64_t row, int64_t col, int64_t D,
+                                             float (&v)[8]) {
   const int64_t at = row * rows.stride + col;
   if (rows.dtype == SRA2_BF16) {
     const __nv_bfloat16* p = static_cast<const __nv_bfloat16*>(rows.data) + at;
@@ -108,10 +98,9 @@ __device__ __forceinline__ float2 block_sum(float a, float b, float2 (&buffer)[2
 }
 
 template <bool BRANCH, bool VECTOR, int ITEMS>
-__global__ void __launch_bounds__(MAX_THREADS) norm_fwd_kernel(NormCuda a) {
+__global__ void __launch_bounds__(MAX_THREADS) norm_fwd_kernel(sra2_norm a) {
   __shared__ float2 buffer[2][MAX_WARPS];
   const int64_t row = blockIdx.x, b = row / a.shape.N, D = a.shape.D;
-  const sra2_rows& kept = BRANCH ? a.x_new : a.x;
   float x[ITEMS][8], other[8], total = 0.f, squares = 0.f;
 
 #pragma unroll
@@ -128,9 +117,9 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_fwd_kernel(NormCuda a) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         x[i][j] += gate[j] * other[j];  // the norm is of the x_new that is kept for backward
-        if (kept.dtype == SRA2_BF16) x[i][j] = __bfloat162float(__float2bfloat16_rn(x[i][j]));
+        if (a.x_new.dtype == SRA2_BF16) x[i][j] = __bfloat162float(__float2bfloat16_rn(x[i][j]));
       }
-      store_columns<VECTOR>(kept, row, col, D, x[i]);
+      store_columns<VECTOR>(a.x_new, row, col, D, x[i]);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) total += x[i][j];
@@ -164,11 +153,10 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_fwd_kernel(NormCuda a) {
 }
 
 template <bool BRANCH, bool VECTOR, int ITEMS>
-__global__ void __launch_bounds__(MAX_THREADS) norm_bwd_kernel(NormCuda a) {
+__global__ void __launch_bounds__(MAX_THREADS) norm_bwd_kernel(sra2_norm a) {
   __shared__ float2 buffer[2][MAX_WARPS];
-  const int64_t b = blockIdx.y, N = a.shape.N, D = a.shape.D;
-  const int64_t first = N * blockIdx.x / gridDim.x, end = N * (blockIdx.x + 1) / gridDim.x;
-  const sra2_rows& kept = BRANCH ? a.x_new : a.x;
+  const int64_t b = blockIdx.x, N = a.shape.N, D = a.shape.D;
+  const int64_t first = N * blockIdx.y / gridDim.y, end = N * (blockIdx.y + 1) / gridDim.y;
   float dscale[ITEMS][8] = {}, dshift[ITEMS][8] = {}, dgate[ITEMS][8] = {};
 
   for (int64_t n = first; n < end; ++n) {
@@ -179,7 +167,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_bwd_kernel(NormCuda a) {
     for (int i = 0; i < ITEMS; ++i) {
       const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * COLUMNS;
       if (col >= D) continue;
-      load_columns<VECTOR>(kept, row, col, D, h[i]);
+      load_columns<VECTOR>(a.x, row, col, D, h[i]);
       load_columns<VECTOR>(a.dy, row, col, D, g[i]);
       load_columns<VECTOR>(a.scale, b, col, D, other);
 #pragma unroll
@@ -221,7 +209,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_bwd_kernel(NormCuda a) {
       if (a.dx.data) store_columns<VECTOR>(a.dx, row, col, D, g[i]);
     }
   }
-  float* sums = a.sums + (b * gridDim.x + blockIdx.x) * 3 * D;
+  float* sums = a.workspace + (b * gridDim.y + blockIdx.y) * 3 * D;
   const sra2_rows into{sums, D, SRA2_F32};
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
@@ -234,12 +222,12 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_bwd_kernel(NormCuda a) {
 }
 
 // The slices' sums of one column, added in order; blockIdx.z: dscale, dshift, dgate.
-static __global__ void __launch_bounds__(MAX_THREADS) add_slices_kernel(NormCuda a, int64_t slices) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.y, D = a.shape.D;
+__global__ void __launch_bounds__(MAX_THREADS) add_slices_kernel(sra2_norm a, int64_t slices) {
+  const int64_t b = blockIdx.x, col = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, D = a.shape.D;
   const sra2_rows& out = blockIdx.z == 0 ? a.dscale : blockIdx.z == 1 ? a.dshift : a.dgate;
   if (!out.data || col >= D) return;
   float total = 0.f;
-  for (int64_t s = 0; s < slices; ++s) total += a.sums[((b * slices + s) * 3 + blockIdx.z) * D + col];
+  for (int64_t s = 0; s < slices; ++s) total += a.workspace[((b * slices + s) * 3 + blockIdx.z) * D + col];
   if (out.dtype == SRA2_BF16)
     static_cast<__nv_bfloat16*>(out.data)[b * out.stride + col] = __float2bfloat16_rn(total);
   else
@@ -248,68 +236,92 @@ static __global__ void __launch_bounds__(MAX_THREADS) add_slices_kernel(NormCuda
 
 // Slices of a sample's rows: from the shape alone, so that the sums do not depend on the device. Enough blocks for
 // every H100's 132 processors to hold eight, at least four rows each.
-inline int64_t slices_per_sample(sra2_shape s) {
+static int64_t slices_per_sample(sra2_shape s) {
   const int64_t wanted = (1056 + s.B - 1) / (s.B > 0 ? s.B : 1), most = (s.N + 3) / 4;
   return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
-inline bool is_aligned(const sra2_rows& rows) {
+static bool is_aligned(const sra2_rows& rows) {
   const int64_t row_bytes = rows.stride * (rows.dtype == SRA2_BF16 ? 2 : 4);
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && row_bytes % 16 == 0;  // a null output is aligned
 }
 
-inline bool is_vector(const NormCuda& a) {
-  const sra2_rows* all[] = {&a.x,  &a.branch, &a.gate, &a.shift,   &a.scale, &a.x_new, &a.y,
-                            &a.dy, &a.dx_new, &a.dx,   &a.dbranch};
+static bool is_vector(const sra2_norm& a) {
+  const sra2_rows* all[] = {&a.x, &a.branch, &a.gate,   &a.shift, &a.scale,  &a.x_new,
+                            &a.y, &a.dy,     &a.dx_new, &a.dx,    &a.dbranch};
   for (const sra2_rows* rows : all)
     if (rows->data && !is_aligned(*rows)) return false;
   return a.shape.D % COLUMNS == 0;
 }
 
-inline int threads_for(int64_t D, int items) {
+static int threads_for(int64_t D, int items) {
   const int64_t needed = (D + COLUMNS * items - 1) / (COLUMNS * items);
   return static_cast<int>((needed + 31) / 32 * 32);
 }
 
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t stream, A... arguments) {
+// Rows or samples are counted in the grid's x, which holds 2^31 - 1 of them: y and z hold 65,535.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+template <class... A>
+static void launch(void (*kernel)(A...), Grid blocks, int threads, void* stream, A... arguments) {
+  if (blocks.x * blocks.y == 0) return;  // which CUDA refuses
+  const dim3 grid(blocks.x > INT32_MAX ? 0 : static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y),
+                  static_cast<unsigned>(blocks.z));  // too many are refused, not cut to their lower 32 bits
 #ifdef __CUDACC__
-  kernel<<<grid, threads, 0, stream>>>(arguments...);
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
   cuda_on_cpu::launch(kernel, grid, threads, stream, arguments...);  // tests/cuda_on_cpu
 #endif
 }
 
-template <bool BRANCH>
-cudaError_t launch_norm_fwd(const NormCuda& a, cudaStream_t stream) {
-  const int64_t D = a.shape.D;
-  const unsigned rows = static_cast<unsigned>(a.shape.B * a.shape.N);
-  if (rows == 0) return cudaSuccess;
-  if (!is_vector(a))
-    launch(norm_fwd_kernel<BRANCH, false, 4>, rows, threads_for(D, 4), stream, a);
-  else if (D <= MAX_THREADS * COLUMNS)
-    launch(norm_fwd_kernel<BRANCH, true, 1>, rows, threads_for(D, 1), stream, a);
-  else
-    launch(norm_fwd_kernel<BRANCH, true, 4>, rows, threads_for(D, 4), stream, a);
-  return cudaGetLastError();
+using Kernel = void (*)(sra2_norm);
+
+// The variant that fits: element by element, or in vectors, one item a thread or four.
+static void launch_rows(Kernel element_wise, Kernel one, Kernel four, const sra2_norm& a, Grid grid, void* stream) {
+  const bool fits_one = is_vector(a) && a.shape.D <= MAX_THREADS * COLUMNS;
+  const Kernel kernel = fits_one ? one : is_vector(a) ? four : element_wise;
+  launch(kernel, grid, threads_for(a.shape.D, fits_one ? 1 : 4), stream, a);
 }
 
 template <bool BRANCH>
-cudaError_t launch_norm_bwd(const NormCuda& a, cudaStream_t stream) {
-  const int64_t D = a.shape.D, slices = slices_per_sample(a.shape);
-  if (a.shape.B == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(a.shape.B));
-  if (!is_vector(a))
-    launch(norm_bwd_kernel<BRANCH, false, 4>, grid, threads_for(D, 4), stream, a);
-  else if (D <= MAX_THREADS * COLUMNS)
-    launch(norm_bwd_kernel<BRANCH, true, 1>, grid, threads_for(D, 1), stream, a);
-  else
-    launch(norm_bwd_kernel<BRANCH, true, 4>, grid, threads_for(D, 4), stream, a);
-  if (a.dscale.data || a.dshift.data || a.dgate.data) {
-    const dim3 sums(static_cast<unsigned>((D + 127) / 128), static_cast<unsigned>(a.shape.B), BRANCH ? 3 : 2);
-    launch(add_slices_kernel, sums, 128, stream, a, slices);
-  }
-  return cudaGetLastError();
+static void launch_fwd(const sra2_norm& a, void* stream) {
+  launch_rows(norm_fwd_kernel<BRANCH, false, 4>, norm_fwd_kernel<BRANCH, true, 1>, norm_fwd_kernel<BRANCH, true, 4>, a,
+              {a.shape.B * a.shape.N}, stream);
+}
+
+template <bool BRANCH>
+static void launch_bwd(const sra2_norm& a, void* stream) {
+  launch_rows(norm_bwd_kernel<BRANCH, false, 4>, norm_bwd_kernel<BRANCH, true, 1>, norm_bwd_kernel<BRANCH, true, 4>, a,
+              {a.shape.B, slices_per_sample(a.shape)}, stream);
 }
 
 }  // namespace sra2
+
+using namespace sra2;
+
+int32_t sra2_norm_fwd_cuda(const sra2_norm* args, void* stream) {
+  args->branch.data ? launch_fwd<true>(*args, stream) : launch_fwd<false>(*args, stream);
+  return cudaGetLastError();
+}
+
+int32_t sra2_norm_bwd_cuda(const sra2_norm* args, void* stream) {
+  const sra2_norm& a = *args;
+  a.branch.data ? launch_bwd<true>(a, stream) : launch_bwd<false>(a, stream);
+  if (a.dscale.data || a.dshift.data || a.dgate.data)
+    launch(add_slices_kernel, {a.shape.B, (a.shape.D + 127) / 128, a.dgate.data ? 3 : 2}, 128, stream, a,
+           slices_per_sample(a.shape));
+  return cudaGetLastError();
+}
+
+int64_t sra2_norm_workspace(sra2_shape shape) { return shape.B * slices_per_sample(shape) * 3 * shape.D; }
+
+int32_t sra2_cuda_driver_needed(void) {
+  int have = 0, built = 0;
+  cudaDriverGetVersion(&have);  // 0 without a driver
+  cudaRuntimeGetVersion(&built);
+  return have / 1000 >= built / 1000 ? 0 : built;
+}
+
+const char* sra2_cuda_error_string(int32_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
