@@ -22,7 +22,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import write_whole
-from ..source import LatentSource
+from ..source import LatentSource, digest
 
 INDEX_FILE = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"
@@ -163,6 +163,10 @@ class ShardSource(LatentSource):
     def describe(self, index: int) -> str:
         number = self._shard_of(index)
         return f"{self.folder / self.shards[number].file}, sample {index - self._starts[number]}"
+
+    def fingerprint(self) -> str:
+        """Of the index alone: every shard's checksum and the normalisation; only labels and moments decide it."""
+        return digest(self.outline(), *(f"{shard.samples} {shard.checksum}" for shard in self.shards))
 
     def will_need(self, indices: np.ndarray) -> None:
         """Ask the system to read the blocks of these samples ahead, each in one run."""
