@@ -20,7 +20,8 @@ from sra2_fast.data import make_loader, open_data
 from sra2_fast.data.layouts.shards import ShardSource
 from sra2_fast.errors import InputError
 from sra2_fast.prepare import encode as encode_module
-from sra2_fast.prepare.images import center_crop, list_images
+from sra2_fast.prepare.crop import center_crop
+from sra2_fast.prepare.listing import list_images
 from sra2_fast.vae.decode import make_decoder
 
 Image = pytest.importorskip("PIL.Image")
@@ -35,14 +36,14 @@ def test_latents_are_the_autoencoder_s(photos: Path, vae_path: Path, whole: Path
     assert source.class_names == ["china", "flower"] and source.vae == str(vae_path)
     assert [shard.samples for shard in source.shards] == [5, 5, 4]
     images = list_images(photos)
-    options = encode_module.EncodeOptions(str(photos), str(vae_path), SIZE, 2, "fp32", SHARD_SIZE)
+    options = encode_module.EncodeOptions(str(photos), str(vae_path), "weights", SIZE, 2, "fp32", SHARD_SIZE)
     order = np.concatenate([job.positions for job in encode_module.shard_jobs(images, options)])
     assert sorted(order) == list(range(COUNT)) and (order != np.arange(COUNT)).any()
     values, labels = source.read(np.arange(COUNT))
     assert (labels == images.labels[order]).all()
     vae = diffusers.AutoencoderKL.from_pretrained(vae_path).double().eval()
     for value, position in zip(values, order, strict=True):
-        image = center_crop(Image.open(photos / images.files[position]), SIZE)
+        image = center_crop(Image.open(photos / images.files[position]).convert("RGB"), SIZE)
         pixels = torch.from_numpy(image.transpose(2, 0, 1)[None].copy()).double() / 127.5 - 1
         with torch.no_grad():
             posterior = vae.encode(pixels).latent_dist
@@ -138,13 +139,13 @@ def test_ctrl_c_and_the_same_command_again(
     with monkeypatch.context() as patch:
         patch.setattr(encode_module, "encode", interrupted)
         assert main(command(photos, vae_path, out)) == 130
-    assert "interrupted with 1 of 3 shards finished; run the same command again to continue" in capsys.readouterr().err
+    assert "interrupted with 7 of 14 images encoded; run the same command again to go on" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"has no index.json, so it is not finished"):
         open_data(out)
     calls.clear()
     monkeypatch.setattr(encode_module, "encode", lambda *arguments: calls.append(arguments) or encode(*arguments))
     assert main(command(photos, vae_path, out)) == 0
-    assert len(calls) == 5  # only the two missing shards
+    assert len(calls) == 4  # only the missing batches of the second shard, and the third
     assert contents(out) == contents(whole)
 
 
