@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from photos import COUNT, SHARD_SIZE, SIZE, command, contents, refused, save_vae
+from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 
 from sra2_fast import prepare
@@ -68,6 +70,53 @@ def test_grids_are_decoded_images(vae_path: Path, whole: Path) -> None:
     with torch.no_grad():
         want = (vae.decode(torch.from_numpy(values[:, :4])).sample + 1) * 127.5
     assert (np.abs(images - want.clamp(0, 255).permute(0, 2, 3, 1).numpy()) <= 0.51).all()
+
+
+def test_grids_are_decoded_with_the_autoencoder_of_the_data(vae_path: Path, whole: Path) -> None:
+    source = open_data(whole)
+    z = torch.from_numpy(source.latents(source.read(np.arange(2))[0]))
+    decode, named = make_decoder(source.decode_info()), make_decoder(source.decode_info(), str(vae_path))
+    assert (decode.vae, decode.note) == (named.vae, named.note) == (str(vae_path), None)
+    assert (decode(z) == named(z)).all() and decode(z).shape == (2, SIZE, SIZE, 3)
+    switched_off = make_decoder(source.decode_info(), "none")
+    assert switched_off(z).shape == (2, SIZE // 4, SIZE // 4, 3) and (switched_off.vae, switched_off.note) == (
+        None,
+        None,
+    )
+
+
+def test_without_the_autoencoder_of_the_data_latents_are_colours_and_that_is_said(
+    photos: Path, vae_path: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    assert main(command(photos, own, tmp_path / "out")) == 0
+    info = open_data(tmp_path / "out").decode_info()
+    z = torch.randn(1, 4, 8, 8)
+    save_vae(own, latent_channels=2)
+    gone = make_decoder(info)
+    assert gone.note is not None and gone.note.endswith(
+        "has 2 latent channels, the data 4; give the VAE it was made with"
+    )
+    shutil.rmtree(own)
+    gone = make_decoder(info)
+    assert gone.vae is None and (gone(z) == make_decoder(info, "none")(z)).all()
+    assert gone.note is not None and gone.note.startswith(
+        "samples are latents shown as colours (--vae names an autoenc"
+    )
+    assert "vae does not exist; give a folder with an AutoencoderKL" in gone.note
+    unknown = make_decoder(dataclasses.replace(info, vae=None))
+    assert unknown.note is not None and unknown.note.endswith(": the data name no autoencoder")
+
+
+def test_an_autoencoder_with_other_weights_is_said(vae_path: Path, whole: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    weights = other / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_in.bias"] += 1
+    save_file(state, weights)
+    decode = make_decoder(open_data(whole).decode_info(), str(other))
+    assert decode.vae == str(other)
+    assert decode.note == f"{other} has other weights than the autoencoder the latents were made with ({vae_path})"
 
 
 def test_a_decoder_of_another_autoencoder_is_refused(tmp_path: Path, whole: Path) -> None:

@@ -29,6 +29,7 @@ class DecodeInfo:
     scale: np.ndarray  # (C,) float32
     white: float = 1.0
     vae: str | None = None  # name or path of the autoencoder the latents were made with, if known
+    vae_fingerprint: str | None = None  # of its weights, see vae/autoencoder.py
 
 
 class LatentSource(ABC):
@@ -41,7 +42,7 @@ class LatentSource(ABC):
     shift, scale: (C,) float32 - the normalisation.
     class_names: list of num_classes names, or None.
     block_size: int or None - samples that lie together on disk; None: order of reading does not matter.
-    vae: str or None - the autoencoder the latents were made with.
+    vae, vae_fingerprint: str or None - the autoencoder the latents were made with, and its weights.
     notes: lines to tell the user before training: what was assumed, what looks wrong.
     """
 
@@ -55,6 +56,7 @@ class LatentSource(ABC):
     class_names: list[str] | None = None
     block_size: int | None = None
     vae: str | None = None
+    vae_fingerprint: str | None = None
     notes: Sequence[str] = ()
 
     @abstractmethod
@@ -117,7 +119,7 @@ class LatentSource(ABC):
 
     def decode_info(self) -> DecodeInfo:
         """How sample grids are made from z (see vae/decode.py)."""
-        return DecodeInfo("vae", self.shift, self.scale, vae=self.vae)
+        return DecodeInfo("vae", self.shift, self.scale, vae=self.vae, vae_fingerprint=self.vae_fingerprint)
 
 
 class WithoutLabels(LatentSource):
@@ -129,7 +131,8 @@ class WithoutLabels(LatentSource):
         self.labelled = labelled
         self.name, self.num_samples, self.shape = labelled.name, labelled.num_samples, labelled.shape
         self.has_posterior, self.shift, self.scale = labelled.has_posterior, labelled.shift, labelled.scale
-        self.block_size, self.vae, self.notes = labelled.block_size, labelled.vae, labelled.notes
+        self.vae, self.vae_fingerprint = labelled.vae, labelled.vae_fingerprint
+        self.block_size, self.notes = labelled.block_size, labelled.notes
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, labels = self.labelled.read(indices)

@@ -160,7 +160,12 @@ def _finish(
         class_names=images.class_names,
         shift=[float(value) for value in about.shift],
         scale=[float(value) for value in about.scale],
-        vae={"name": options.vae, "downsample_factor": options.image_size // shape[-1], **recorded},
+        vae={
+            "name": options.vae,
+            "fingerprint": options.vae_fingerprint,
+            "downsample_factor": options.image_size // shape[-1],
+            **recorded,
+        },
         prepared_from=origin,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "pillow")},
     )

@@ -147,7 +147,8 @@ class ShardSource(LatentSource):
             self.shape = (int(channels), int(height), int(width))
             self.num_classes = int(index["num_classes"])
             self.class_names = index["class_names"]
-            self.vae = (index["vae"] or {}).get("name")
+            vae = index["vae"] or {}
+            self.vae, self.vae_fingerprint = vae.get("name"), vae.get("fingerprint")
             self.shift = np.asarray(index["shift"], dtype=np.float32)
             self.scale = np.asarray(index["scale"], dtype=np.float32)
             self.shards = [Shard(**shard) for shard in index["shards"]]
