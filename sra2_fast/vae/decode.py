@@ -42,8 +42,9 @@ def make_decoder(info: DecodeInfo, vae: str | None = None, device: str | torch.d
     """How latents become images; the autoencoder is loaded here, once, onto `device`.
 
     info: source.decode_info().
-    vae: None takes the autoencoder that the data record; where there is none, or it cannot be loaded or does not fit,
-      latents are shown as colours and `note` says why. "none" shows colours at once. A name or path has to work.
+    vae: None takes the autoencoder that the data record, if it is on this machine; where it is not, or cannot be loaded
+      or does not fit, latents are shown as colours and `note` says why. "none" shows colours at once. A name or path
+      has to work, and is downloaded if need be.
     Other weights than those the latents were made with (a decoder that was trained on) are noted, and used.
     Raises InputError where a `vae` that was named cannot be loaded, has another number of latent channels, or is not
     needed.
@@ -59,13 +60,13 @@ def make_decoder(info: DecodeInfo, vae: str | None = None, device: str | torch.d
     if info.vae is None:
         return Decoder(_as_colours, note=f"{IN_COLOURS}: the data name no autoencoder")
     try:
-        return _through(info.vae, info, device)
+        return _through(info.vae, info, device, download=False)
     except InputError as error:
         return Decoder(_as_colours, note=f"{IN_COLOURS}: {str(error).removeprefix('vae: ')}")
 
 
-def _through(vae: str, info: DecodeInfo, device: str | torch.device) -> Decoder:
-    model = autoencoder.load_vae(vae, device)
+def _through(vae: str, info: DecodeInfo, device: str | torch.device, *, download: bool = True) -> Decoder:
+    model = autoencoder.load_vae(vae, device, download=download)
     channels = autoencoder.normalisation(model).channels
     if channels != len(info.scale):
         raise InputError(
