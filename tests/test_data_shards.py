@@ -76,6 +76,25 @@ def test_normalisation_is_per_channel(tmp_path: Path) -> None:
     np.testing.assert_allclose(means[:, 1], (moments[:, 1] + 1.0) * 0.25, rtol=1e-6, atol=1e-6)
 
 
+def test_latents_without_a_std_are_written_with_zeros(tmp_path: Path) -> None:
+    """docs/data.md says so to those who bring latents that were sampled already: z is then the same at every step."""
+    moments, labels = write_data(tmp_path)
+    moments[:, 3:] = 0
+    write_index(
+        tmp_path,
+        [write_shard(tmp_path, shard_name(0, 1), moments, labels, key="mine")],
+        shape=list(SHAPE),
+        num_classes=4,
+        class_names=None,
+        shift=[0.0] * 3,
+        scale=[1.0] * 3,
+        vae=None,
+    )
+    first, second = make_loader(open_data(tmp_path), batch_size=12, seed=0, num_steps=2)
+    for batch in (first, second):
+        assert sorted(batch.latents.flatten().tolist()) == sorted(moments[:, :3].flatten().tolist())
+
+
 def test_other_tools_can_read_the_shards(tmp_path: Path) -> None:
     moments, labels = write_data(tmp_path)
     tensors = load_file(tmp_path / "latents-00002-of-00003.safetensors")
