@@ -73,6 +73,12 @@ def test_digits_decode_to_grey_images(digits: LatentSource) -> None:
     assert (white == 255).all()
 
 
+def test_digits_need_no_autoencoder(digits: LatentSource) -> None:
+    assert make_decoder(digits.decode_info(), "none").note is None
+    with pytest.raises(InputError, match=r"the data are grayscale pixels, .* autoencoder; leave out some/vae"):
+        make_decoder(digits.decode_info(), "some/vae")
+
+
 def test_latents_without_their_vae_are_shown_as_colours() -> None:
     info = DecodeInfo("vae", np.zeros(4, np.float32), np.ones(4, np.float32))
     z = torch.randn(2, 4, 6, 6)
