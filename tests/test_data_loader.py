@@ -44,7 +44,11 @@ def batches(source: LatentSource, **options: int) -> list[Batch]:
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     pairs = zip(left, right, strict=True)
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    return all(
+        (a is None and b is None) or torch.equal(a, b)
+        for one, other in pairs
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
