@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ HEADER = 16  # pixels for the names of the classes
 class SampleGrid:
     """A grid of one class a column (ten of them at most, evenly chosen), ROWS draws each.
 
-    shape: (C, H, W) of a latent. class_names: None shows their numbers. decode: z (n, C, H, W) -> (n, H, W, 3) uint8. steps, cfg_scale: of the Heun sampler.
+    shape: (C, H, W) of a latent. class_names: None shows their numbers. decode: z (n, C, H, W) -> (n, H, W, 3) uint8.
+    steps, cfg_scale: of the Heun sampler.
     """
 
     def __init__(
@@ -110,5 +112,6 @@ def write_png(picture: np.ndarray, path: Path) -> None:
         Image.fromarray(picture).save(temporary, format="PNG")
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"train: {path} cannot be written ({error.strerror or error}); free some space") from error

@@ -51,7 +51,7 @@ class TrainResult:
 def train(options: TrainOptions) -> TrainResult:
     """Train (or go on training) one run until `options.steps`.
 
-    Raises InputError for bad input, too little memory among it, NonFiniteLoss when a loss or the gradient is not finite.
+    Raises InputError for bad input or too little memory, NonFiniteLoss when a loss or the gradient is not finite.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("train: runs on one process and one device as yet, not under torchrun; start it by itself")
