@@ -38,9 +38,9 @@ from .row_tiles import (
     zero_rows,
 )
 
-LaunchConfig = Callable[[int, int, torch.dtype], RowLaunch]
-# Programs a multiprocessor in the backward. Each writes 2 or 3 partials of D floats, written and read again: with two
-# that is 8 % on top of a bf16 batch of 32 of the plain norm, with three 12 %.
+ChooseLaunch = Callable[[int, int, torch.dtype], RowLaunch]
+# Programs a multiprocessor in the backward. Each writes 2 or 3 partial sums of D floats, which are read again: with two
+# programs that is 8 % on top of the plain norm's bytes at a bf16 batch of 32, with three 12 %.
 BACKWARD_PROGRAMS = 2
 
 
@@ -59,9 +59,9 @@ def _residual_sum(x_ptr, branch_ptr, gate_ptr, x_new_ptr, at, columns, mask):
 
 @triton.jit
 def _norm_rows_fwd_kernel(
-    x_ptr, branch_ptr,  # (B, N, D) contiguous; branch None: a plain norm
-    gate_ptr, shift_ptr, scale_ptr,  # (B, D), rows of the strides below; gate None without a branch
-    x_new_ptr, y_ptr,  # (B, N, D): written; x_new None without a branch
+    x_ptr, branch_ptr,  # (B, N, D) contiguous, float32 or bf16 each; branch None: a plain norm
+    gate_ptr, shift_ptr, scale_ptr,  # (B, D) float32 or bf16, rows of the strides below; gate None without a branch
+    x_new_ptr, y_ptr,  # (B, N, D), x_new of x's type: written; x_new None without a branch
     mean_ptr, rstd_ptr,  # (B, N) float32: written
     total_rows, N,  # B N, and the rows of one sample
     stride_gate, stride_shift, stride_scale,
@@ -99,8 +99,8 @@ def _norm_rows_fwd_kernel(
         scale = load_f32(scale_row + columns, mask)
         shift = load_f32(shift_row + columns, mask)
         y = centered[i] * rstd * (1.0 + scale) + shift
-        # The same address either way, in the order of adding that takes fewer registers: 60, not 72, with a branch
-        # (float32, D = 1152), 32, not 36, without one (D = 384).
+        # One address, added up in the order that takes fewer registers: 60, not 72, with a branch (float32, D = 1152);
+        # 32, not 36, without one (D = 384).
         y_at = y_ptr + row * D + columns if branch_ptr is None else y_ptr + (row * D + columns)
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -136,17 +136,18 @@ def _split_gradient(dx, dx_new_ptr, branch_ptr, gate, dx_ptr, dbranch_ptr, row_a
 
 @triton.jit
 def _norm_rows_bwd_kernel(
-    dx_new_ptr, dy_ptr, x_ptr, branch_ptr,  # (B, N, D); x: as normalised; dx_new None: nothing else used x
-    gate_ptr, scale_ptr,  # (B, D), rows of the strides below; gate None: no dbranch
+    dx_new_ptr, dy_ptr, x_ptr, branch_ptr,  # (B, N, D) contiguous; x: as normalised; dx_new None: only y used x
+    gate_ptr, scale_ptr,  # (B, D) float32 or bf16, rows of the strides below; gate None without a branch
     mean_ptr, rstd_ptr,  # (B, N) float32
-    dx_ptr, dbranch_ptr,  # (B, N, D): written
-    dgate_ptr, modulation_ptr,  # (B, slices, D), (2, B, slices, D) float32: partial sums; modulation: dshift, dscale
+    dx_ptr, dbranch_ptr,  # (B, N, D), of x's and branch's types: written
+    dgate_ptr, modulation_ptr,  # (B, slices, D), (2: dshift and dscale, B, slices, D) float32: partial sums, written
     N, slice_rows,  # the rows of a sample, and of one program
     stride_gate, stride_scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A result that is not needed, and branch where dgate is not, is None."""
+    """A result that is not needed, and branch where dgate is not, is None. A program owns slice_rows rows of one
+    sample, so what it sums over tokens belongs to one row of the modulation."""
     TILES: tl.constexpr = row_tiles(MAIN, TAIL, LANES)
     piece = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -155,6 +156,8 @@ def _norm_rows_bwd_kernel(
     gate = gain  # without a gate it is not used
     if gate_ptr is not None:
         gate = _modulation(gate_ptr + sample * stride_gate, lane_row, TILES, D)
+    # dmodulation: dshift and dscale of the first tile, then of the second. Other orders of these sums cost registers:
+    # figures in benchmarks/RECORDS.md.
     dgate, dmodulation = zero_rows(TILES, ROWS, 1), zero_rows(TILES, ROWS, 2)
 
     first = piece * slice_rows
@@ -167,7 +170,7 @@ def _norm_rows_bwd_kernel(
             columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
             # Where a mask is off dy is 0, so the value of x there (-mean rstd, finite) reaches no sum.
             x_tile, dy_tile = load_f32(x_ptr + row * D + columns, mask), load_f32(dy_ptr + row * D + columns, mask)
-            if i == 0:
+            if i == 0:  # behind the row's first loads: before them it took 153 registers, not 142 (float32, D = 1152)
                 mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)
                 rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
             x_tile = (x_tile - mean) * rstd
@@ -182,9 +185,7 @@ def _norm_rows_bwd_kernel(
         for i in tl.static_range(len(TILES)):
             columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
             dx = dy[i] * rstd - (x[i] * slope + offset)
-            terms = _split_gradient(
-                dx, dx_new_ptr, branch_ptr, gate[i], dx_ptr, dbranch_ptr, row * D, columns, mask
-            )  # fmt: skip
+            terms = _split_gradient(dx, dx_new_ptr, branch_ptr, gate[i], dx_ptr, dbranch_ptr, row * D, columns, mask)
             if dgate_ptr is not None:
                 dgate = add_tile(dgate, i, terms)
 
@@ -206,7 +207,7 @@ def norm_rows_fwd(
     scale: torch.Tensor,
     eps: float,
     out_dtype: torch.dtype,
-    launch_config: LaunchConfig,
+    launch_config: ChooseLaunch,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x', y, mean, rstd) as the ops' launchers describe them; x' is None where branch and gate are."""
     B, N, D = x.shape
@@ -240,7 +241,7 @@ def norm_rows_bwd(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     needs: tuple[bool, bool, bool, bool],
-    launch_config: LaunchConfig,
+    launch_config: ChooseLaunch,
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dbranch, dgate, dshift, dscale) as the ops' launchers describe them.
 
