@@ -29,12 +29,11 @@ from .row_tiles import (
     plus,
     row_sum,
     row_sums,
-    row_tiles,
     store_row,
     store_slice,
     sum_slices,
+    tile_at,
     tile_columns,
-    tile_mask,
     zero_rows,
 )
 
@@ -66,9 +65,8 @@ def _norm_rows_fwd_kernel(
     total_rows, N,  # B N, and the rows of one sample
     stride_gate, stride_shift, stride_scale,
     eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = row_tiles(MAIN, TAIL, LANES)
     # int64: a batch may have more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     in_rows = row < total_rows
@@ -80,22 +78,23 @@ def _norm_rows_fwd_kernel(
     scale_row = scale_ptr + sample * stride_scale
 
     x, total = (), None
-    for i in tl.static_range(len(TILES)):
-        columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
         tile = _residual_sum(x_ptr, branch_ptr, gate_row, x_new_ptr, row * D + columns, columns, mask)
         x, total = append(x, tile), plus(total, row_sum(tile))
     mean = total * (1.0 / D)
     centered, squares = (), None
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(WIDTHS)):
         tile = x[i] - mean
-        if TILES[i][0] + TILES[i][1] > D:
-            tile = tl.where(tile_mask(in_rows, TILES[i], D), tile, 0.0)
+        if i * WIDTHS[0] + WIDTHS[i] > D:
+            _, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
+            tile = tl.where(mask, tile, 0.0)
         centered, squares = append(centered, tile), plus(squares, row_sum(tile * tile))
     rstd = tl.rsqrt(squares * (1.0 / D) + eps)
     store_row(mean_ptr, row, mean, in_rows)
     store_row(rstd_ptr, row, rstd, in_rows)
-    for i in tl.static_range(len(TILES)):
-        columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
         scale = load_f32(scale_row + columns, mask)
         shift = load_f32(shift_row + columns, mask)
         y = centered[i] * rstd * (1.0 + scale) + shift
@@ -106,12 +105,12 @@ def _norm_rows_fwd_kernel(
 
 
 @triton.jit
-def _modulation(pointer, lane_row, TILES: tl.constexpr, D: tl.constexpr):
+def _modulation(pointer, lane_row, WIDTHS: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr):
     """One sample's shift, scale or gate, float32, repeated for every row of the program."""
     values = ()
-    for i in tl.static_range(len(TILES)):
-        mask = tile_mask(lane_row >= 0, TILES[i], D)
-        values = append(values, load_f32(pointer + lane_row * 0 + tile_columns(TILES[i]), mask))
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, lane_row >= 0, WIDTHS, LANES, D)
+        values = append(values, load_f32(pointer + lane_row * 0 + columns, mask))
     return values
 
 
@@ -143,22 +142,20 @@ def _norm_rows_bwd_kernel(
     dgate_ptr, modulation_ptr,  # (B, slices, D), (2: dshift and dscale, B, slices, D) float32: partial sums, written
     N, slice_rows,  # the rows of a sample, and of one program
     stride_gate, stride_scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A result that is not needed, and branch where dgate is not, is None. A program owns slice_rows rows of one
     sample, so what it sums over tokens belongs to one row of the modulation."""
-    TILES: tl.constexpr = row_tiles(MAIN, TAIL, LANES)
     piece = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     lane_row = tl.arange(0, ROWS)[None, :, None]
-    gain = [1.0 + scale for scale in _modulation(scale_ptr + sample * stride_scale, lane_row, TILES, D)]
+    gain = [1.0 + scale for scale in _modulation(scale_ptr + sample * stride_scale, lane_row, WIDTHS, LANES, D)]
     gate = gain  # without a gate it is not used
     if gate_ptr is not None:
-        gate = _modulation(gate_ptr + sample * stride_gate, lane_row, TILES, D)
+        gate = _modulation(gate_ptr + sample * stride_gate, lane_row, WIDTHS, LANES, D)
     # dmodulation: dshift and dscale of the first tile, then of the second. Other orders of these sums cost registers:
     # figures in benchmarks/RECORDS.md.
-    dgate, dmodulation = zero_rows(TILES, ROWS, 1), zero_rows(TILES, ROWS, 2)
+    dgate, dmodulation = zero_rows(1, ROWS, WIDTHS, LANES), zero_rows(2, ROWS, WIDTHS, LANES)
 
     first = piece * slice_rows
     for start in tl.range(first, tl.minimum(first + slice_rows, N), ROWS, num_stages=STAGES):
@@ -166,8 +163,8 @@ def _norm_rows_bwd_kernel(
         in_rows = token < N
         row = sample * N + token
         x, dy, sums = (), (), None
-        for i in tl.static_range(len(TILES)):
-            columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+        for i in tl.static_range(len(WIDTHS)):
+            columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
             # Where a mask is off dy is 0, so the value of x there (-mean rstd, finite) reaches no sum.
             x_tile, dy_tile = load_f32(x_ptr + row * D + columns, mask), load_f32(dy_ptr + row * D + columns, mask)
             if i == 0:  # behind the row's first loads: before them it took 153 registers, not 142 (float32, D = 1152)
@@ -182,8 +179,8 @@ def _norm_rows_bwd_kernel(
         mean_dy, mean_dyx = tl.split(sums * (1.0 / D))
         offset = mean_dy[None, :, None] * rstd
         slope = mean_dyx[None, :, None] * rstd
-        for i in tl.static_range(len(TILES)):
-            columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+        for i in tl.static_range(len(WIDTHS)):
+            columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
             dx = dy[i] * rstd - (x[i] * slope + offset)
             terms = _split_gradient(dx, dx_new_ptr, branch_ptr, gate[i], dx_ptr, dbranch_ptr, row * D, columns, mask)
             if dgate_ptr is not None:
@@ -191,12 +188,13 @@ def _norm_rows_bwd_kernel(
 
     part = (sample * tl.num_programs(0) + piece) * D
     one_sum = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(WIDTHS)):
+        columns = tile_columns(i, WIDTHS, LANES)
         if dgate_ptr is not None:
-            store_slice(dgate_ptr + part, dgate[i], TILES[i], D)
+            store_slice(dgate_ptr + part, dgate[i], columns, D)
         if modulation_ptr is not None:
-            store_slice(modulation_ptr + part, dmodulation[2 * i], TILES[i], D)
-            store_slice(modulation_ptr + one_sum + part, dmodulation[2 * i + 1], TILES[i], D)
+            store_slice(modulation_ptr + part, dmodulation[2 * i], columns, D)
+            store_slice(modulation_ptr + one_sum + part, dmodulation[2 * i + 1], columns, D)
 
 
 def norm_rows_fwd(
