@@ -126,7 +126,7 @@ class SRA2Loss:
     ) -> LossOutput:
         """The loss of one batch.
 
-        model: a `SiT`, bare or wrapped by DDP, FSDP2 or torch.compile.
+        model: a `SiT`, bare or wrapped by DDP, FSDP, torch.compile or peft; its input is taken to its own dtype.
         latents: (B, C, H, W) float32 (bfloat16 is taken to it) - clean latents z. labels: (B,) int64.
         t: (B,) - time; noise: like latents; label_drop: (B,) bool - labels replaced by the null label; teacher_gap:
             (B,) - u above. `draws` fills what is None (labels are dropped only while the model trains).
@@ -154,10 +154,11 @@ class SRA2Loss:
             with torch.no_grad():
                 x_t = interpolant(self.path, earlier).mix(latents, draws.noise)
                 block = self._teacher_block(sit)
+                x_t = _like_weights(x_t, teacher)
                 target_tokens = teacher(x_t, earlier, labels, force_drop_ids=keep_labels, return_hidden=block)
         terms = Terms(latents, draws.noise, draws.t, self.path, self.align, weight, self.beta, target_tokens)
         x_t = interpolant(self.path, draws.t).mix(latents, draws.noise)
-        return model(x_t, draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
+        return model(_like_weights(x_t, model), draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
 
     def _weight(self, step: int | None, device: torch.device) -> float | Tensor:
         weight = self.align_weight * self.schedule.factor(step)
@@ -186,12 +187,20 @@ class SRA2Loss:
                 raise InputError(f"SRA2Loss: {name}= is only for target={name!r}, this loss has {self.target!r}")
 
 
-def _unwrapped(model: Any) -> SiT:
-    """The SiT inside DDP (`module`) and torch.compile (`_orig_mod`)."""
+def _unwrapped(model: nn.Module) -> SiT:
+    """The SiT inside DDP (`module`), torch.compile (`_orig_mod`) and peft (`base_model`, then `model`)."""
     inner = model
-    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    if not isinstance(inner, SiT) or type(inner).forward is not SiT.forward:
-        name = f"{type(inner).__module__}.{type(inner).__qualname__}"
-        raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", name)
+    while not isinstance(inner, SiT):
+        named = [getattr(inner, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
+        wrapped = [one for one in named if isinstance(one, nn.Module) and one is not inner]
+        if not wrapped:
+            name = f"{type(inner).__module__}.{type(inner).__qualname__}"
+            raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", name)
+        inner = wrapped[0]
     return inner
+
+
+def _like_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """x in the type of the module's first parameter, as a bf16 model or teacher needs it."""
+    weight = next(module.parameters(), x)
+    return x.to(weight.dtype) if weight.is_floating_point() else x
