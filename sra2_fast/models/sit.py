@@ -29,6 +29,10 @@ from .loss_inputs import LossInputs, SiTOutput
 class SiT(nn.Module):
     """Velocity field of a latent: (x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
 
+    Here t = 0 is data, as in REPA and SRA. A checkpoint of the SiT repository loads (strict=True, align_depth=None),
+    but its t = 0 is noise: `-model(x, 1 - t, y)` is then the velocity that samplers of this package want. Samplers
+    that write `model(...)[0]` want a model of `sra2_fast.compat`.
+
     input_size: height and width of the latent; patch_size must divide it.
     hidden_size, depth, num_heads, mlp_ratio: D, number of blocks, H, MLP width over D.
     class_dropout_prob: chance of a label being replaced by the null label (row num_classes) while training.
