@@ -130,6 +130,9 @@ def test_velocity_alone_needs_no_projector(batch):
     loss = SRA2Loss(align=None)(model, **batch)
     check(loss.total, loss.velocity)
     assert float(loss.align) == 0
+    # Nothing is compared, so a teacher that is passed all the same is not asked.
+    untouched = {"teacher": torch.nn.Identity(), "teacher_gap": torch.zeros(3)}
+    assert SRA2Loss(align=None, target="teacher")(model, **batch, **untouched).total == loss.total
 
 
 def test_sigma_channels_are_left_out(batch):

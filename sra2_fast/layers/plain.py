@@ -7,11 +7,12 @@ module's place (peft, FSDP, activation checkpointing, a parametrization, quantis
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch
 
+Module = TypeVar("Module", bound=nn.Module)
 _OF_ALL_MODULES = (
     _torch._global_forward_hooks,
     _torch._global_forward_pre_hooks,
@@ -20,13 +21,13 @@ _OF_ALL_MODULES = (
 )
 
 
-def watched(module: Any) -> Any:
+def watched(module: Module) -> Module:
     """The module, whose hooks `is_plain` sees from here on also in compiled code.
 
     torch.compile leaves out its guards on a module's own empty dictionaries of hooks, so that a hook added later is
     ignored in silence. The same dictionaries under another name are guarded like any other data.
     """
-    module.hooks_at_any_time = (
+    vars(module)["hooks_at_any_time"] = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,

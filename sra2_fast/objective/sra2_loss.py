@@ -74,6 +74,11 @@ class SRA2Loss:
             if not is_right:
                 raise must_be("SRA2Loss", name, expected, getattr(self, name))
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a call needs `teacher=`."""
+        return self.target == "teacher" and self.align is not None
+
     def time_from_uniform(self, u: Tensor) -> Tensor:
         """(B,) uniform draws in (0, 1) -> (B,) times of this loss's distribution."""
         return time_from_uniform(u, self.time, self.path)
@@ -106,7 +111,7 @@ class SRA2Loss:
         if label_drop is None and class_dropout_prob > 0:
             uniform = torch.rand(batch, device=device) if label_uniform is None else label_uniform
             label_drop = uniform < class_dropout_prob
-        if teacher_gap is None and self.target == "teacher" and self.align is not None:
+        if teacher_gap is None and self.has_teacher:
             teacher_gap = self.teacher_gap * (torch.rand_like(t) if teacher_uniform is None else teacher_uniform)
         return Draws(t, noise, label_drop, teacher_gap)
 
@@ -149,7 +154,7 @@ class SRA2Loss:
         keep_labels = torch.zeros_like(labels, dtype=torch.bool)
         weight = self._weight(step, latents.device)
         target_tokens = features
-        if draws.teacher_gap is not None and teacher is not None:
+        if self.has_teacher and draws.teacher_gap is not None and teacher is not None:
             earlier = (draws.t - draws.teacher_gap).clamp(0, 1)
             with torch.no_grad():
                 x_t = interpolant(self.path, earlier).mix(latents, draws.noise)
