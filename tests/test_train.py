@@ -149,14 +149,8 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
     assert kept == ["step-00000008", "step-00000010"]
     assert any((tmp_path / "tensorboard").iterdir())
     latents = load_checkpoint(final(tmp_path, 10)).state["latents"]
-    assert latents == {
-        "kind": "grayscale",
-        "shift": [8.0],
-        "scale": [0.125],
-        "white": 16.0,
-        "vae": None,
-        "vae_fingerprint": None,
-    }
+    numbers = {"shift": [8.0], "scale": [0.125], "white": 16.0}
+    assert latents == {"kind": "grayscale", **numbers, "vae": None, "vae_fingerprint": None}
 
 
 def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:
