@@ -10,10 +10,11 @@ import sys
 import pytest
 from repository import ROOT
 
-ANYONE = {"errors", "backends"}
+ANYONE = {"errors", "backends", "progress"}
 IMPORTS = {  # room of sra2_fast: the rooms it may import from (DESIGN section 5)
     "errors": set(),
     "backends": {"errors"},
+    "progress": set(),
     "info": set(),
     "reference": set(),
     "ops": {"reference", "kernels"},
