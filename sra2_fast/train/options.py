@@ -70,7 +70,7 @@ class TrainOptions:
     qk_norm: bool = _option(False, "normalise queries and keys")
     steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
     batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
-    microbatch: int | None = _option(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
+    microbatch: int | None = _changeable(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
     seed: int = _option(0, "of the weights, the data order, time, noise and label dropout", SEED)
 
     lr: float = _option(recipe.LR, "learning rate of AdamW", ABOVE_0)
