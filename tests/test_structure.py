@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 ANYONE = {"errors", "backends"}
-IMPORTS = {  # room of sra2_fast: the rooms it may import from (DESIGN section 5)
+IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architecture.md)
     "errors": set(),
     "backends": {"errors"},
     "info": set(),
