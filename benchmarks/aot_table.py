@@ -2,7 +2,8 @@
 
 One row a kernel, element types, model size and architecture: registers, spills, shared memory, resident warps, matrix
 instructions, 16-byte accesses, and the bytes a call moves against the fewest it could (each input once, each output
-once). Appends to benchmarks/results/aot.jsonl and rewrites benchmarks/results/aot.md. Takes minutes; needs Triton.
+once). Appends to benchmarks/results/aot.jsonl and rewrites aot-triton-VERSION.md there, a page for each version of
+Triton: `pip install --no-deps --target FOLDER triton==VERSION` and PYTHONPATH=FOLDER try another. Takes minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 # name: the residual stream, then branch, y and modulation. Autocast keeps the stream in float32.
 TYPES = {"float32": (F32, F32), "autocast": (F32, BF16), "bfloat16": (BF16, BF16)}
 HEADER = (
-    "| kernel | size | types | sm | registers | spills | shared KiB | warps of 64 | programs | HGMMA | HMMA "
+    "| op | kernel | size | types | sm | registers | spills | shared KiB | warps of 64 | programs | HGMMA | HMMA "
     "| 16-byte loads | 16-byte stores | MB | floor MB |"
 )
 
@@ -173,7 +174,15 @@ def records(case: Case, arch: int) -> list[dict[str, object]]:
 def row(record: dict[str, object]) -> str:
     """One line of the readable table."""
     r = record
-    cells = [r["kernel"], r["size"], r["types"], r["arch"], r["registers"], r["spill_instructions"]]
+    cells = [
+        f"{r['op']} {r['direction']}",
+        r["kernel"],
+        r["size"],
+        r["types"],
+        r["arch"],
+        r["registers"],
+        r["spill_instructions"],
+    ]
     cells += [round(int(str(r["shared_bytes"])) / 1024, 1), r["warps"], r["programs"], r["hgmma"], r["hmma"]]
     cells += [f"{r['loads_128']} of {r['loads']}", f"{r['stores_128']} of {r['stores']}"]
     cells += [f"{int(str(r[name])) / 1e6:.1f}" for name in ("call_bytes", "floor_bytes")]
@@ -181,11 +190,11 @@ def row(record: dict[str, object]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, append its rows to RESULTS/aot.jsonl, rewrite RESULTS/aot.md; 2 where Triton is missing."""
+    """Print the table, append its rows to RESULTS/aot.jsonl, rewrite this Triton's page; 2 where Triton is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
     parser.add_argument("--sizes", nargs="+", default=list(WIDTHS), choices=list(WIDTHS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of aot.jsonl and aot.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of aot.jsonl and the pages")
     args = parser.parse_args(argv)
     try:
         import triton
@@ -208,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "static. MB and floor belong to the whole call: floor is every input and output once, MB every tensor of every "
         "launch once.\n\n"
     )
-    (args.out / "aot.md").write_text(title + "\n".join(lines) + "\n")
+    (args.out / f"aot-triton-{triton.__version__}.md").write_text(title + "\n".join(lines) + "\n")
     return 0
 
 

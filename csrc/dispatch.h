@@ -1,4 +1,4 @@
-// Which instruction set, and how work is spread over threads; what every csrc/<op>_cpu.cpp starts from.
+// Which instruction set, memory, and how work is spread over threads; what every csrc/*_cpu.cpp starts from.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -12,8 +12,8 @@ enum class Isa { base, avx2, avx512 };
 Isa cpu_isa();
 void* allocate(int64_t bytes);
 
-// A kernel that csrc/<op>_isa.cpp defines once for each instruction set, as `const TABLE SRA2_ISA::NAME`: declares the
-// three and defines `const TABLE& NAME()`, which picks. Use inside namespace sra2.
+// A table of kernels that a csrc/*_isa.cpp defines once for each instruction set, as `const TABLE SRA2_ISA::NAME`:
+// declares the three and defines `const TABLE& NAME()`, which picks. Use inside namespace sra2.
 #ifdef SRA2_X86_DISPATCH
 #define SRA2_DISPATCH(TABLE, NAME)           \
   namespace base {                           \

@@ -189,8 +189,8 @@ inline std::string sizes_text(const int64_t* sizes, size_t dim) {
 }
 
 inline std::string sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0, n = t.dim(); i < n; ++i) sizes.push_back(t.size(i));
+  std::vector<int64_t> sizes(static_cast<size_t>(t.dim()));
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(static_cast<int64_t>(i));
   return sizes_text(sizes.data(), sizes.size());
 }
 

@@ -1,6 +1,7 @@
 """What one program of the alignment and velocity losses does: a tile of tokens each, as device functions.
 
-`alignment_velocity_loss.py` beside this file holds the kernel that calls them, the launch choices and the launcher.
+`alignment_velocity_loss.py` beside this file holds the kernel that calls them, with what each argument is, the launch
+choices and the launcher. `image` is (N, tokens_wide, height, width), what a token's place in an image is computed from.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def _alignment(p, z, mask, inverse_tokens, inverse_elements, beta, eps, ALIGN: t
 
 @triton.jit
 def align_tile(
-    tile, hidden_ptr, weight_ptr, bias_ptr, latents_ptr, dp_ptr, partial_ptr,
+    tile,  # which tile of its kind: token counts over the batch in int64, a batch may have more than 2^31 elements
+    hidden_ptr, weight_ptr, bias_ptr, latents_ptr, dp_ptr, partial_ptr,
     tokens, image, inverse_tokens, inverse_elements, beta, eps,
     K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,7 +130,8 @@ def align_tile(
 
 @triton.jit
 def velocity_tile(
-    tile, velocity_ptr, latents_ptr, noise_ptr, t_ptr, dvelocity_ptr, partial_ptr,
+    tile,
+    velocity_ptr, latents_ptr, noise_ptr, t_ptr, dvelocity_ptr, partial_ptr,
     tokens, image, inverse_elements,
     P: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, COSINE_PATH: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,

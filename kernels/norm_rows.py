@@ -29,18 +29,17 @@ from .row_tiles import (
     plus,
     row_sum,
     row_sums,
-    row_tiles,
     store_row,
     store_slice,
     sum_slices,
+    tile_at,
     tile_columns,
-    tile_mask,
     zero_rows,
 )
 
-LaunchConfig = Callable[[int, int, torch.dtype], RowLaunch]
-# Programs a multiprocessor in the backward. Each writes 2 or 3 partials of D floats, written and read again: with two
-# that is 8 % on top of a bf16 batch of 32 of the plain norm, with three 12 %.
+ChooseLaunch = Callable[[int, int, torch.dtype], RowLaunch]
+# Programs a multiprocessor in the backward. Each writes 2 or 3 partial sums of D floats, which are read again: with two
+# programs that is 8 % on top of the plain norm's bytes at a bf16 batch of 32, with three 12 %.
 BACKWARD_PROGRAMS = 2
 
 
@@ -59,16 +58,15 @@ def _residual_sum(x_ptr, branch_ptr, gate_ptr, x_new_ptr, at, columns, mask):
 
 @triton.jit
 def _norm_rows_fwd_kernel(
-    x_ptr, branch_ptr,  # (B, N, D) contiguous; branch None: a plain norm
-    gate_ptr, shift_ptr, scale_ptr,  # (B, D), rows of the strides below; gate None without a branch
-    x_new_ptr, y_ptr,  # (B, N, D): written; x_new None without a branch
+    x_ptr, branch_ptr,  # (B, N, D) contiguous, float32 or bf16 each; branch None: a plain norm
+    gate_ptr, shift_ptr, scale_ptr,  # (B, D) float32 or bf16, rows of the strides below; gate None without a branch
+    x_new_ptr, y_ptr,  # (B, N, D), x_new of x's type: written; x_new None without a branch
     mean_ptr, rstd_ptr,  # (B, N) float32: written
     total_rows, N,  # B N, and the rows of one sample
     stride_gate, stride_shift, stride_scale,
     eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = row_tiles(MAIN, TAIL, LANES)
     # int64: a batch may have more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     in_rows = row < total_rows
@@ -80,38 +78,39 @@ def _norm_rows_fwd_kernel(
     scale_row = scale_ptr + sample * stride_scale
 
     x, total = (), None
-    for i in tl.static_range(len(TILES)):
-        columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
         tile = _residual_sum(x_ptr, branch_ptr, gate_row, x_new_ptr, row * D + columns, columns, mask)
         x, total = append(x, tile), plus(total, row_sum(tile))
     mean = total * (1.0 / D)
     centered, squares = (), None
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(WIDTHS)):
         tile = x[i] - mean
-        if TILES[i][0] + TILES[i][1] > D:
-            tile = tl.where(tile_mask(in_rows, TILES[i], D), tile, 0.0)
+        if i * WIDTHS[0] + WIDTHS[i] > D:
+            _, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
+            tile = tl.where(mask, tile, 0.0)
         centered, squares = append(centered, tile), plus(squares, row_sum(tile * tile))
     rstd = tl.rsqrt(squares * (1.0 / D) + eps)
     store_row(mean_ptr, row, mean, in_rows)
     store_row(rstd_ptr, row, rstd, in_rows)
-    for i in tl.static_range(len(TILES)):
-        columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
         scale = load_f32(scale_row + columns, mask)
         shift = load_f32(shift_row + columns, mask)
         y = centered[i] * rstd * (1.0 + scale) + shift
-        # The same address either way, in the order of adding that takes fewer registers: 60, not 72, with a branch
-        # (float32, D = 1152), 32, not 36, without one (D = 384).
+        # One address, added up in the order that takes fewer registers: 60, not 72, with a branch (float32, D = 1152);
+        # 32, not 36, without one (D = 384).
         y_at = y_ptr + row * D + columns if branch_ptr is None else y_ptr + (row * D + columns)
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _modulation(pointer, lane_row, TILES: tl.constexpr, D: tl.constexpr):
+def _modulation(pointer, lane_row, WIDTHS: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr):
     """One sample's shift, scale or gate, float32, repeated for every row of the program."""
     values = ()
-    for i in tl.static_range(len(TILES)):
-        mask = tile_mask(lane_row >= 0, TILES[i], D)
-        values = append(values, load_f32(pointer + lane_row * 0 + tile_columns(TILES[i]), mask))
+    for i in tl.static_range(len(WIDTHS)):
+        columns, mask = tile_at(i, lane_row >= 0, WIDTHS, LANES, D)
+        values = append(values, load_f32(pointer + lane_row * 0 + columns, mask))
     return values
 
 
@@ -136,26 +135,27 @@ def _split_gradient(dx, dx_new_ptr, branch_ptr, gate, dx_ptr, dbranch_ptr, row_a
 
 @triton.jit
 def _norm_rows_bwd_kernel(
-    dx_new_ptr, dy_ptr, x_ptr, branch_ptr,  # (B, N, D); x: as normalised; dx_new None: nothing else used x
-    gate_ptr, scale_ptr,  # (B, D), rows of the strides below; gate None: no dbranch
+    dx_new_ptr, dy_ptr, x_ptr, branch_ptr,  # (B, N, D) contiguous; x: as normalised; dx_new None: only y used x
+    gate_ptr, scale_ptr,  # (B, D) float32 or bf16, rows of the strides below; gate None without a branch
     mean_ptr, rstd_ptr,  # (B, N) float32
-    dx_ptr, dbranch_ptr,  # (B, N, D): written
-    dgate_ptr, modulation_ptr,  # (B, slices, D), (2, B, slices, D) float32: partial sums; modulation: dshift, dscale
+    dx_ptr, dbranch_ptr,  # (B, N, D), of x's and branch's types: written
+    dgate_ptr, modulation_ptr,  # (B, slices, D), (2: dshift and dscale, B, slices, D) float32: partial sums, written
     N, slice_rows,  # the rows of a sample, and of one program
     stride_gate, stride_scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A result that is not needed, and branch where dgate is not, is None."""
-    TILES: tl.constexpr = row_tiles(MAIN, TAIL, LANES)
+    """A result that is not needed, and branch where dgate is not, is None. A program owns slice_rows rows of one
+    sample, so what it sums over tokens belongs to one row of the modulation."""
     piece = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     lane_row = tl.arange(0, ROWS)[None, :, None]
-    gain = [1.0 + scale for scale in _modulation(scale_ptr + sample * stride_scale, lane_row, TILES, D)]
+    gain = [1.0 + scale for scale in _modulation(scale_ptr + sample * stride_scale, lane_row, WIDTHS, LANES, D)]
     gate = gain  # without a gate it is not used
     if gate_ptr is not None:
-        gate = _modulation(gate_ptr + sample * stride_gate, lane_row, TILES, D)
-    dgate, dmodulation = zero_rows(TILES, ROWS, 1), zero_rows(TILES, ROWS, 2)
+        gate = _modulation(gate_ptr + sample * stride_gate, lane_row, WIDTHS, LANES, D)
+    # dmodulation: dshift and dscale of the first tile, then of the second. Other orders of these sums cost registers:
+    # figures in benchmarks/RECORDS.md.
+    dgate, dmodulation = zero_rows(1, ROWS, WIDTHS, LANES), zero_rows(2, ROWS, WIDTHS, LANES)
 
     first = piece * slice_rows
     for start in tl.range(first, tl.minimum(first + slice_rows, N), ROWS, num_stages=STAGES):
@@ -163,11 +163,11 @@ def _norm_rows_bwd_kernel(
         in_rows = token < N
         row = sample * N + token
         x, dy, sums = (), (), None
-        for i in tl.static_range(len(TILES)):
-            columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+        for i in tl.static_range(len(WIDTHS)):
+            columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
             # Where a mask is off dy is 0, so the value of x there (-mean rstd, finite) reaches no sum.
             x_tile, dy_tile = load_f32(x_ptr + row * D + columns, mask), load_f32(dy_ptr + row * D + columns, mask)
-            if i == 0:
+            if i == 0:  # behind the row's first loads: before them it took 153 registers, not 142 (float32, D = 1152)
                 mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)
                 rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
             x_tile = (x_tile - mean) * rstd
@@ -179,23 +179,22 @@ def _norm_rows_bwd_kernel(
         mean_dy, mean_dyx = tl.split(sums * (1.0 / D))
         offset = mean_dy[None, :, None] * rstd
         slope = mean_dyx[None, :, None] * rstd
-        for i in tl.static_range(len(TILES)):
-            columns, mask = tile_columns(TILES[i]), tile_mask(in_rows, TILES[i], D)
+        for i in tl.static_range(len(WIDTHS)):
+            columns, mask = tile_at(i, in_rows, WIDTHS, LANES, D)
             dx = dy[i] * rstd - (x[i] * slope + offset)
-            terms = _split_gradient(
-                dx, dx_new_ptr, branch_ptr, gate[i], dx_ptr, dbranch_ptr, row * D, columns, mask
-            )  # fmt: skip
+            terms = _split_gradient(dx, dx_new_ptr, branch_ptr, gate[i], dx_ptr, dbranch_ptr, row * D, columns, mask)
             if dgate_ptr is not None:
                 dgate = add_tile(dgate, i, terms)
 
     part = (sample * tl.num_programs(0) + piece) * D
     one_sum = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(WIDTHS)):
+        columns = tile_columns(i, WIDTHS, LANES)
         if dgate_ptr is not None:
-            store_slice(dgate_ptr + part, dgate[i], TILES[i], D)
+            store_slice(dgate_ptr + part, dgate[i], columns, D)
         if modulation_ptr is not None:
-            store_slice(modulation_ptr + part, dmodulation[2 * i], TILES[i], D)
-            store_slice(modulation_ptr + one_sum + part, dmodulation[2 * i + 1], TILES[i], D)
+            store_slice(modulation_ptr + part, dmodulation[2 * i], columns, D)
+            store_slice(modulation_ptr + one_sum + part, dmodulation[2 * i + 1], columns, D)
 
 
 def norm_rows_fwd(
@@ -206,7 +205,7 @@ def norm_rows_fwd(
     scale: torch.Tensor,
     eps: float,
     out_dtype: torch.dtype,
-    launch_config: LaunchConfig,
+    launch_config: ChooseLaunch,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x', y, mean, rstd) as the ops' launchers describe them; x' is None where branch and gate are."""
     B, N, D = x.shape
@@ -240,7 +239,7 @@ def norm_rows_bwd(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     needs: tuple[bool, bool, bool, bool],
-    launch_config: LaunchConfig,
+    launch_config: ChooseLaunch,
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dbranch, dgate, dshift, dscale) as the ops' launchers describe them.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -38,15 +39,11 @@ class RowTiles:
     rows: int
     num_warps: int
 
-    def constexprs(self) -> dict[str, int]:
-        """The keyword arguments every row kernel takes."""
-        return {
-            "MAIN": self.main,
-            "TAIL": self.tail,
-            "LANES": self.lanes,
-            "ROWS": self.rows,
-            "num_warps": self.num_warps,
-        }
+    def constexprs(self) -> dict[str, Any]:
+        """The keyword arguments every row kernel takes; WIDTHS, LANES: columns and lanes of the one or two tiles."""
+        widths = (self.main, self.tail) if self.tail else (self.main,)
+        lanes = tuple(min(self.lanes, width) for width in widths)
+        return {"WIDTHS": widths, "LANES": lanes, "ROWS": self.rows, "num_warps": self.num_warps}
 
 
 @dataclass(frozen=True)
@@ -110,29 +107,23 @@ def _cuda_multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def row_tiles(MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr):
-    """(first column, columns, lanes) of each tile of a row, which are one or two."""
-    if TAIL > 0:
-        return ((0, MAIN, LANES), (MAIN, TAIL, min(LANES, TAIL)))
-    else:
-        return ((0, MAIN, LANES),)
+def tile_columns(i: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr):
+    """(chunks, 1, lanes) column numbers of tile i; the second begins where the first ends."""
+    chunk = tl.arange(0, WIDTHS[i] // LANES[i])[:, None, None]
+    return i * WIDTHS[0] + chunk * LANES[i] + tl.arange(0, LANES[i])[None, None, :]
 
 
 @triton.jit
-def tile_columns(TILE: tl.constexpr):
-    """(chunks, 1, lanes) column numbers of TILE = (first column, columns, lanes)."""
-    chunk = tl.arange(0, TILE[1] // TILE[2])[:, None, None]
-    lane = tl.arange(0, TILE[2])[None, None, :]
-    return TILE[0] + chunk * TILE[2] + lane
+def tile_at(i: tl.constexpr, in_rows, WIDTHS: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr):
+    """Tile i's column numbers, and the (chunks, rows, lanes) mask of what exists in it.
 
-
-@triton.jit
-def tile_mask(in_rows, TILE: tl.constexpr, D: tl.constexpr):
-    """(chunks, rows, lanes) of what exists; columns are compared only in a padded tile, for exact ones it is free."""
-    if TILE[0] + TILE[1] > D:
-        return in_rows & (tile_columns(TILE) < D)
+    Columns are compared with D in a padded tile only; in an exact one the comparison is of constants.
+    """
+    columns = tile_columns(i, WIDTHS, LANES)
+    if i * WIDTHS[0] + WIDTHS[i] > D:
+        return columns, in_rows & (columns < D)
     else:
-        return in_rows & (tile_columns(TILE) >= 0)
+        return columns, in_rows & (columns >= 0)
 
 
 @triton.jit
@@ -158,12 +149,17 @@ def plus(total, more):
 
 
 @triton.jit
-def zero_rows(TILES: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
-    """Accumulators: SUMS zero tiles for the first tile of TILES, then as many for the second."""
+def _zero_tile(CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    return tl.zeros((CHUNKS, ROWS, LANES), tl.float32)
+
+
+@triton.jit
+def zero_rows(SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr):
+    """Accumulators: SUMS zero tiles for the first tile of a row, then as many for the second."""
     rows = ()
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(WIDTHS)):
         for _ in tl.static_range(SUMS):
-            rows = append(rows, tl.zeros((TILES[i][1] // TILES[i][2], ROWS, TILES[i][2]), tl.float32))
+            rows = append(rows, _zero_tile(WIDTHS[i] // LANES[i], ROWS, LANES[i]))
     return rows
 
 
@@ -197,9 +193,8 @@ def store_row(pointer, row, value, in_rows):
 
 
 @triton.jit
-def store_slice(pointer, tile, TILE: tl.constexpr, D: tl.constexpr):
+def store_slice(pointer, tile, columns, D: tl.constexpr):
     """Sum a (chunks, rows, lanes) accumulator over its rows and store its columns."""
-    columns = tile_columns(TILE)
     tl.store(pointer + columns, tl.sum(tile, axis=1)[:, None, :], mask=columns < D)
 
 

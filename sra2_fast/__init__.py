@@ -19,6 +19,7 @@ _HOME = {
     "SiT_models": "models",
     "SRA2Loss": "objective",
     "LossOutput": "objective",
+    "load_checkpoint": "checkpoints",
     "status": "backends",
     "sample_ode": "sampling",
     "sample_sde": "sampling",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_HOME]
 
 if _TYPE_CHECKING:
     from .backends import status as status
+    from .checkpoints import load_checkpoint as load_checkpoint
     from .models import SiT as SiT
     from .models import SiT_models as SiT_models
     from .objective import LossOutput as LossOutput

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,6 +63,15 @@ def fused_devices(op: str) -> frozenset[str]:
 def has_flash_attn() -> bool:
     """Whether flash-attn can be imported."""
     return _why_not_importable("flash_attn") is None
+
+
+def flash_attn_func() -> Callable[..., torch.Tensor] | None:
+    """flash-attn's attention, (q, k, v), each (B, N, H, head_dim), -> the same; None where it cannot be imported."""
+    if not has_flash_attn():
+        return None
+    from flash_attn import flash_attn_func as function
+
+    return function
 
 
 def has_apex() -> bool:

@@ -23,3 +23,10 @@ def must_be(op: str, argument: str, expected: object, got: object) -> InputError
 def must_have_type(op: str, argument: str, expected: object, got: object) -> InputTypeError:
     """`op: argument must be EXPECTED, got GOT` as a TypeError."""
     return InputTypeError(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, on a GPU or a CPU (whose allocator raises a plain RuntimeError)."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    is_said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or is_said

@@ -9,7 +9,8 @@ what FSDP2 shards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -295,9 +296,29 @@ class AdamWEMA(torch.optim.Optimizer):
         }
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of torch.optim.AdamW; without averages in it, they start at the weights.
+    def load_ema_state_dict(self, averages: Mapping[str, Tensor]) -> None:
+        """Take the averages from {name: tensor}, as `ema_state_dict` or a public checkpoint's "ema" has them.
 
+        Names of frozen parameters may be missing. Raises InputError: inside `swap_ema`, where no group has an
+        ema_decay, for a missing or unknown name, or another shape.
+        """
+        self._must_average("load_ema_state_dict")
+        own = {name: (group, p) for group in self.param_groups for name, p in self._named(group)}
+        for name in [*averages, *(name for name, (_, p) in own.items() if p.requires_grad)]:
+            want = tuple(own[name][1].shape) if name in own else "no such parameter"
+            got = tuple(averages[name].shape) if name in averages else "none"
+            if want != got:
+                raise must_be("AdamWEMA", f"the average of {name}", want, got)
+        with torch.no_grad():
+            for name, average in averages.items():
+                group, param = own[name]
+                if param.requires_grad and group["ema_decay"] is not None:
+                    self._average_of(group, param).copy_(average)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of torch.optim.AdamW.
+
+        Without averages in it a warning says so, and they start at the weights: `load_ema_state_dict` brings them.
         Raises InputError: the state is of amsgrad, of maximize, or of Adam without decoupled weight decay.
         """
         groups = []
@@ -313,6 +334,13 @@ class AdamWEMA(torch.optim.Optimizer):
         groups += state_dict["param_groups"][len(groups) :]
         self._active.clear()
         super().load_state_dict({**state_dict, "param_groups": groups})
+        is_averaging = any(group["ema_decay"] is not None for group in self.param_groups)
+        if is_averaging and self.state and not any("ema" in state for state in self.state.values()):
+            warnings.warn(
+                "AdamWEMA: the loaded state has no averages; they start at the weights as they are now, "
+                "or give the saved ones to load_ema_state_dict",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("implementation", "max_grad_norm", "grad_norm", "skipped_steps", "_is_swapped")

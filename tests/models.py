@@ -57,3 +57,25 @@ def outputs_and_gradients(
     torch.autograd.backward((velocity, projection), cotangents)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"velocity": velocity.detach(), "projection": projection.detach(), **gradients}
+
+
+TINY: dict[str, Any] = {**SMALL, "depth": 4, "learn_sigma": False}
+
+
+def random_model(**changes: Any) -> SiT:
+    """A small float64 SiT with an aligned block and no weight left at what it is initialised to."""
+    model = SiT(**{**TINY, "align_depth": 2, "implementation": "eager", **changes}).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def loss_batch() -> dict[str, torch.Tensor]:
+    """What SRA2Loss compares and what it would draw, in float64, for `random_model`."""
+    return {
+        "latents": torch.randn(3, 4, 8, 8, dtype=torch.float64),
+        "labels": torch.tensor([1, 9, 4]),
+        "t": torch.tensor([0.1, 0.5, 0.93], dtype=torch.float64),
+        "noise": torch.randn(3, 4, 8, 8, dtype=torch.float64),
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sra2_fast.prepare.images import center_crop
+from sra2_fast.prepare.convert import to_rgb
+from sra2_fast.prepare.crop import center_crop
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -25,5 +26,6 @@ def test_large_images_are_halved_with_a_box_filter_first() -> None:
 
 @pytest.mark.parametrize(("width", "height", "mode"), [(33, 100, "RGBA"), (200, 31, "L"), (65, 64, "P"), (7, 9, "1")])
 def test_every_size_and_mode_becomes_a_square_of_three_channels(width: int, height: int, mode: str) -> None:
-    square = center_crop(Image.new("RGB", (width, height), (255, 255, 255)).convert(mode), 32)
+    rgb, _ = to_rgb(Image.new("RGB", (width, height), (255, 255, 255)).convert(mode))
+    square = center_crop(rgb, 32)
     assert square.shape == (32, 32, 3) and square.dtype == np.uint8 and (square == 255).all()

@@ -44,7 +44,9 @@ def batches(source: LatentSource, **options: int) -> list[Batch]:
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     pairs = zip(left, right, strict=True)
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    return all(
+        (a is None and b is None) or torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,12 @@ def test_digits_decode_to_grey_images(digits: LatentSource) -> None:
     assert (images == np.round(values[:, 0] * 255 / 16).astype(np.uint8)[..., None]).all()
     white = make_decoder(digits.decode_info())(torch.full((1, 1, 8, 8), 1.7))
     assert (white == 255).all()
+
+
+def test_digits_need_no_autoencoder(digits: LatentSource) -> None:
+    assert make_decoder(digits.decode_info(), "none").note is None
+    with pytest.raises(InputError, match=r"the data are grayscale pixels, .* autoencoder; leave out some/vae"):
+        make_decoder(digits.decode_info(), "some/vae")
 
 
 def test_latents_without_their_vae_are_shown_as_colours() -> None:
@@ -111,7 +119,10 @@ def test_processes_change_nothing() -> None:
     source = Posterior()
     whole = batches(source)
     parts = [batches(source, rank=rank, world_size=4) for rank in range(4)]
-    joined = [Batch(*(torch.cat(tensors) for tensors in zip(*step, strict=True))) for step in zip(*parts, strict=True)]
+    joined = [
+        Batch(*(torch.cat(tensors) for tensors in zip(*step, strict=True) if tensors[0] is not None))
+        for step in zip(*parts, strict=True)
+    ]
     assert same(whole, joined)
 
 

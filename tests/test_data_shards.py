@@ -76,6 +76,25 @@ def test_normalisation_is_per_channel(tmp_path: Path) -> None:
     np.testing.assert_allclose(means[:, 1], (moments[:, 1] + 1.0) * 0.25, rtol=1e-6, atol=1e-6)
 
 
+def test_latents_without_a_std_are_written_with_zeros(tmp_path: Path) -> None:
+    """docs/data.md says so to those who bring latents that were sampled already: z is then the same at every step."""
+    moments, labels = write_data(tmp_path)
+    moments[:, 3:] = 0
+    write_index(
+        tmp_path,
+        [write_shard(tmp_path, shard_name(0, 1), moments, labels, key="mine")],
+        shape=list(SHAPE),
+        num_classes=4,
+        class_names=None,
+        shift=[0.0] * 3,
+        scale=[1.0] * 3,
+        vae=None,
+    )
+    first, second = make_loader(open_data(tmp_path), batch_size=12, seed=0, num_steps=2)
+    for batch in (first, second):
+        assert sorted(batch.latents.flatten().tolist()) == sorted(moments[:, :3].flatten().tolist())
+
+
 def test_other_tools_can_read_the_shards(tmp_path: Path) -> None:
     moments, labels = write_data(tmp_path)
     tensors = load_file(tmp_path / "latents-00002-of-00003.safetensors")
@@ -125,6 +144,24 @@ def test_a_finished_shard_is_recognised_and_a_changed_one_is_not(folder: Path) -
     assert finished_shard(folder, name, "key 0") is None
 
 
+def test_what_is_recorded_is_not_told_again(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"records its own normalisation; leave out --latent-scale 0.5"):
+        open_data(folder, latent_scale=0.5)
+    with pytest.raises(InputError, match=r"digits records its own normalisation; leave out --latent-shift 1,2"):
+        open_data("digits", latent_shift="1,2")
+
+
+def test_labels_can_be_ignored(folder: Path) -> None:
+    source, labelled = open_data(folder, ignore_labels=True), open_data(folder)
+    values, labels = source.read(np.arange(12))
+    assert source.num_classes == 1 and not labels.any() and labels.dtype == np.int64
+    assert (values == labelled.read(np.arange(12))[0]).all()
+    assert (source.shape, source.has_posterior, source.block_size) == (SHAPE, True, labelled.block_size)
+    assert (source.describe(7), source.vae) == (labelled.describe(7), "some/vae")
+    (batch,) = make_loader(source, batch_size=6, seed=1, num_steps=1)
+    assert batch.labels.tolist() == [0] * 6
+
+
 # Damage
 
 
@@ -149,7 +186,11 @@ def test_a_missing_a_wrong_and_an_empty_path(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere does not exist; give `digits` or a folder of latents")
     refused(tmp_path, "is empty; make latents with sra2-fast prepare --images")
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path, "holds no known layout .sra2-fast shards, REPA/SRA vae-sd.; make latents with sra2-fast prepare")
+    refused(
+        tmp_path,
+        "holds no known layout .sra2-fast shards, REPA/SRA vae-sd.; make latents with sra2-fast prepare, "
+        "or bring your own as docs/data.md says",
+    )
     refused(tmp_path / "notes.txt", "notes.txt is a file; give the folder")
 
 

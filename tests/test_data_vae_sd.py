@@ -73,12 +73,93 @@ def refused(repa: Path, match: str) -> None:
 
 
 def test_no_labels(repa: Path) -> None:
-    write_labels(repa, None)
-    refused(repa, "dataset.json holds no labels; training needs a class for every sample")
+    write_labels(repa, [])
+    refused(repa, r"dataset.json: labels must be null or a list of \[file, label\]; --ignore-labels does without them")
     (repa / "vae-sd" / "dataset.json").write_text("[1")
     refused(repa, "dataset.json cannot be read")
     (repa / "vae-sd" / "dataset.json").unlink()
-    refused(repa, "dataset.json is missing; it holds the labels of the samples beside it")
+    refused(repa, "dataset.json is missing; it holds the labels of the samples beside it .--ignore-labels does without")
+    assert open_data(repa, ignore_labels=True).num_samples == COUNT
+
+
+def test_null_labels_are_one_class(repa: Path) -> None:
+    """REPA's dataset_tools writes "labels": null for pictures without classes; that was refused."""
+    write_labels(repa, None)
+    source = open_data(repa)
+    assert (source.num_samples, source.num_classes) == (COUNT, 1)
+    assert source.read(np.arange(COUNT))[1].tolist() == [0] * COUNT
+    assert any("dataset.json has no labels: all samples are of one class, label 0" in note for note in source.notes)
+
+
+def test_labels_can_be_ignored(repa: Path) -> None:
+    labelled, source = open_data(repa), open_data(repa, num_classes=1, ignore_labels=True)
+    values, labels = source.read(np.arange(COUNT))
+    assert source.num_classes == 1 and labels.tolist() == [0] * COUNT and labels.dtype == np.int64
+    assert (values == labelled.read(np.arange(COUNT))[0]).all()
+    assert not any("no labels" in note for note in source.notes)
+
+
+# Normalisation
+
+
+def write_channels(folder: Path, channels: int, spread: float) -> Path:
+    draws = np.random.default_rng(0)
+    for index in range(COUNT):
+        values = draws.standard_normal((2 * channels, 8, 8)).astype(np.float32) * np.float32(spread)
+        path = folder / "vae-sd" / name(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
+    write_labels(folder, [[name(index), label] for index, label in enumerate(LABELS)])
+    return folder
+
+
+def test_stable_diffusion_s_scale_is_assumed_for_four_channels_only(tmp_path: Path) -> None:
+    """Latents of 16 channels (SD3, FLUX) were multiplied by 0.18215, without a word."""
+    four = open_data(write_channels(tmp_path / "four", 4, 4.0))
+    assert [note for note in four.notes if "taken to be Stable Diffusion's, z = value * 0.18215; for" in note]
+    write_channels(tmp_path / "sixteen", 16, 0.5)
+    refused(
+        tmp_path / "sixteen", r"holds latents of 16 channels and no normalisation; give --latent-scale \(and --late"
+    )
+    with pytest.raises(InputError, match="give --latent-scale"):
+        open_data(tmp_path / "sixteen", latent_shift=0.5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.5305, 0.0609), ("1.5305", "0.0609"), (np.linspace(1, 2, 16), ",".join(["-0.25"] * 16))]
+)
+def test_a_normalisation_that_is_told_is_used(tmp_path: Path, scale: object, shift: object) -> None:
+    source = open_data(write_channels(tmp_path, 16, 0.5), latent_scale=scale, latent_shift=shift)  # type: ignore[arg-type]
+    assert source.notes == [] and source.scale.shape == source.shift.shape == (16,)
+    values, _ = source.read(np.arange(COUNT))
+    numbers = [np.float64(part.split(",")) if isinstance(part, str) else np.float64(part) for part in (scale, shift)]
+    scales, shifts = (np.broadcast_to(part, 16)[:, None, None] for part in numbers)
+    np.testing.assert_allclose(source.latents(values), (values[:, :16] - shifts) * scales, rtol=1e-5, atol=1e-6)
+    assert source.decode_info().scale.tolist() == source.scale.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"latent_scale": "a"}, "--latent-scale must be a finite number, or 16 of them .*, one a channel, got a"),
+        ({"latent_scale": [1.0, 2.0]}, r"--latent-scale must be a finite .*, got \[1.0, 2.0\]"),
+        ({"latent_scale": float("inf")}, "--latent-scale must be a finite .*, got inf"),
+        ({"latent_scale": 0.0}, "--latent-scale must be above 0, got 0.0"),
+        ({"latent_scale": 1.0, "latent_shift": "1,,2"}, "--latent-shift must be a finite .*, got 1,,2"),
+    ],
+)
+def test_a_normalisation_that_cannot_be(tmp_path: Path, options: dict[str, object], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        open_data(write_channels(tmp_path, 16, 0.5), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("spread", "warned"), [(0.05, True), (1.0, False), (40.0, True)])
+def test_a_spread_far_from_the_noise_s_is_said(tmp_path: Path, spread: float, warned: bool) -> None:
+    write_channels(tmp_path, 4, 1.0)
+    source = open_data(tmp_path, latent_scale=spread / 2**0.5)  # mean and std both add a variance of 1
+    warnings = [note for note in source.notes if "standard deviation of the normalised latents is" in note]
+    assert len(warnings) == warned
+    assert source.spread() == pytest.approx(spread, rel=0.05)
 
 
 @pytest.mark.parametrize("label", [-1, 1.5, "3", True, None])

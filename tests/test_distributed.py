@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import batch_for, small_model
 from tolerance import allowed, relative_error
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sra2_fast import SiT, SRA2Loss
+from sra2_fast import LossOutput, SiT, SRA2Loss
 
 PROCESSES = 2
 BATCH = 4
@@ -35,18 +36,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES: dict[str, Any] = {"depth": 2, "align_depth": 1, "learn_sigma": False, "hidden_size": 24, "num_heads": 3}
 
 
-def local_loss(wrapped: torch.nn.Module, model: SiT, rank: int | None) -> torch.Tensor:
-    """The loss of the whole batch, or of this process's half of it; time, noise and drops are those of the sample."""
-    latents, t, labels = batch_for(model, batch=BATCH)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
-    drop = torch.tensor([False, True, False, False])
-    mine = slice(None) if rank is None else slice(rank * BATCH // PROCESSES, (rank + 1) * BATCH // PROCESSES)
-    loss_fn = SRA2Loss()
-    return loss_fn(wrapped, latents[mine], labels[mine], t=t[mine], noise=noise[mine], label_drop=drop[mine]).total
-
-
 def build(options: dict[str, Any]) -> SiT:
     return small_model(**SIZES, **options).train()
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    """Latents, labels, time, noise and drops of every sample."""
+    latents, t, labels = batch_for(build({}), batch=BATCH)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    drop = torch.tensor([False, True, False, False])
+    return {"latents": latents, "labels": labels, "t": t, "noise": noise, "label_drop": drop}
+
+
+def local_loss(wrapped: torch.nn.Module, rank: int | None) -> torch.Tensor:
+    """The loss of the whole batch, or of this process's half of it; time, noise and drops are those of the sample."""
+    mine = slice(None) if rank is None else slice(rank * BATCH // PROCESSES, (rank + 1) * BATCH // PROCESSES)
+    return SRA2Loss()(wrapped, **{name: value[mine] for name, value in whole_batch().items()}).total
 
 
 def gradients(model: SiT) -> dict[str, torch.Tensor]:
@@ -70,7 +75,7 @@ def step_on_several(case: str, rank: int) -> dict[str, torch.Tensor]:
             fully_shard(block)
         fully_shard(model)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    loss = local_loss(wrapped, model, rank)
+    loss = local_loss(wrapped, rank)
     loss.backward()
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss)
@@ -97,7 +102,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     mp.spawn(worker, (port, str(tmp_path)), nprocs=PROCESSES)
     for case, (_, options) in CASES.items():
         model = build(options)
-        loss = local_loss(model, model, None)
+        loss = local_loss(model, None)
         loss.backward()
         want = {"loss": loss.detach(), **gradients(model)}
         results = [torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
@@ -107,3 +112,67 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
             # The same terms summed in another order: in each half of the batch, then over the two halves.
             error, _ = relative_error(results[0][name], value)
             assert error <= allowed(torch.float32, 8, summed=BATCH * 16), f"{case}: {name}: {error:.2e}"
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone: FSDP2's casts, hooks and sharded parameters, without a second process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_same_step(got: tuple[LossOutput, SiT], want: tuple[LossOutput, SiT], roundings: int) -> None:
+    for name, value in want[0]._asdict().items():
+        error, _ = relative_error(got[0]._asdict()[name].detach(), value.detach())
+        assert error <= allowed(torch.float32, 8, summed=BATCH * 16), f"{name}: {error:.2e}"
+    gradients_got, gradients_want = gradients(got[1]), gradients(want[1])
+    assert gradients_got.keys() == gradients_want.keys()
+    for name, value in gradients_want.items():
+        error, _ = relative_error(gradients_got[name], value)
+        assert error <= allowed(value.dtype, roundings, summed=BATCH * 16, row_size=value.numel()), f"{name}: {error}"
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+@pytest.mark.parametrize("implementation", ("eager", "fused"))
+@pytest.mark.parametrize("target", ("vae", "features"))
+def test_mixed_precision_rounds_weights_and_inputs_but_not_what_is_compared(
+    target: str, implementation: str, one_process: None
+) -> None:
+    """FSDP2 casts a dataclass's tensors on their way into forward: targets, noise and times were rounded to bf16."""
+    model = build({"implementation": implementation})
+    whole = build({"implementation": implementation}).bfloat16()
+    loss_fn = SRA2Loss(target=target)
+    batch = whole_batch()
+    if target == "features":
+        batch["features"] = torch.randn(BATCH, 16, 16, generator=torch.Generator().manual_seed(6))
+    for block in whole.blocks:  # FSDP2's hooks close the stream between blocks, which rounds it to bf16
+        block.register_forward_hook(lambda *_: None)
+    want = loss_fn(whole, **batch)
+    want.total.backward()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    got = loss_fn(model, **batch)
+    got.total.backward()
+    assert_same_step((got, model), (want, whole), roundings=2)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of outputs that are views, which nobody changes in place
+@pytest.mark.parametrize("implementation", ("eager", "fused"))
+@pytest.mark.parametrize("shard", ("projector", "last", "patches"))
+def test_a_projector_or_its_last_linear_sharded_by_itself(shard: str, implementation: str, one_process: None) -> None:
+    """Its weights are whole only inside its own forward; they were read outside of it."""
+    model, whole = build({"implementation": implementation}), build({"implementation": implementation})
+    assert model.projector is not None
+    batch = whole_batch()
+    want = SRA2Loss()(whole, **batch)
+    want.total.backward()
+    fully_shard({"projector": model.projector, "last": model.projector[-1], "patches": model.x_embedder.proj}[shard])
+    got = SRA2Loss()(model, **batch)
+    got.total.backward()
+    assert_same_step((got, model), (want, whole), roundings=8)

@@ -77,11 +77,13 @@ def is_there(folder: Path, path: str, heading: str = "") -> bool:
 
 
 def looks_like_a_path(word: str) -> bool:
-    """A file or folder of the repository: it begins with one of its top entries, or is one."""
+    """A file or folder of the repository, by its first part or its ending; `train.py` alone is another repository's."""
     if re.search(r"[\s<>*{}()=,:]", word) or word.startswith(WRITTEN_BY_RUNS):
         return False
     first, _, rest = word.partition("/")
-    return (first in TOPS and bool(rest or "." in first)) or word.endswith((".py", ".md", ".toml", ".cpp", ".h", ".cu"))
+    if first in TOPS:
+        return bool(rest or "." in first)
+    return word.endswith(".md") or bool(rest and word.endswith((".py", ".toml", ".cpp", ".h", ".cu")))
 
 
 @pytest.mark.parametrize("page", PAGES)

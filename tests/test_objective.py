@@ -7,34 +7,18 @@ import math
 
 import pytest
 import torch
+from models import TINY, loss_batch, random_model
 from tolerance import assert_close
 
 from sra2_fast import SiT, SRA2Loss
-from sra2_fast.compat import repa
 from sra2_fast.errors import InputError, InputTypeError
 from sra2_fast.ops.interpolant import interpolant
 from sra2_fast.ops.patchify import patchify, unpatchify
 
-SMALL = {"input_size": 8, "hidden_size": 48, "depth": 4, "num_heads": 3, "num_classes": 10, "learn_sigma": False}
-
-
-def random_model(**kwargs) -> SiT:
-    """A small float64 SiT with no weight left at zero."""
-    model = SiT(**{**SMALL, "align_depth": 2, "implementation": "eager", **kwargs}).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
-
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    return {
-        "latents": torch.randn(3, 4, 8, 8, dtype=torch.float64),
-        "labels": torch.tensor([1, 9, 4]),
-        "t": torch.tensor([0.1, 0.5, 0.93], dtype=torch.float64),
-        "noise": torch.randn(3, 4, 8, 8, dtype=torch.float64),
-    }
+    return loss_batch()
 
 
 def path_by_hand(path: str, z: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +120,7 @@ def test_teacher_block_follows_sra():
 
     z, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
     for depth, align_depth in ((12, 4), (28, 8), (4, 3)):
-        model = SiT(**{**SMALL, "depth": depth}, align_depth=align_depth, projector_layers=2, projection_dim=48)
+        model = SiT(**{**TINY, "depth": depth}, align_depth=align_depth, projector_layers=2, projection_dim=48)
         SRA2Loss(target="teacher")(model, z, y, teacher=Teacher())
     assert seen == [8, 20, 4]
 
@@ -146,6 +130,9 @@ def test_velocity_alone_needs_no_projector(batch):
     loss = SRA2Loss(align=None)(model, **batch)
     check(loss.total, loss.velocity)
     assert float(loss.align) == 0
+    # Nothing is compared, so a teacher that is passed all the same is not asked.
+    untouched = {"teacher": torch.nn.Identity(), "teacher_gap": torch.zeros(3)}
+    assert SRA2Loss(align=None, target="teacher")(model, **batch, **untouched).total == loss.total
 
 
 def test_sigma_channels_are_left_out(batch):
@@ -157,7 +144,7 @@ def test_sigma_channels_are_left_out(batch):
 
 @pytest.mark.parametrize("implementation", ["eager", "fused"])
 def test_bf16_latents_are_taken_to_float32(batch, implementation):
-    model = SiT(**SMALL, align_depth=2, implementation=implementation).eval()
+    model = SiT(**TINY, align_depth=2, implementation=implementation).eval()
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
     single = {name: value.float() if value.is_floating_point() else value for name, value in half.items()}
     assert SRA2Loss()(model, **{**half, "t": single["t"]}).total == SRA2Loss()(model, **single).total
@@ -263,7 +250,7 @@ def test_no_host_synchronisation(target):
     """Meta tensors have no values: asking for one on the way raises."""
     with torch.device("meta"):
         projection_dim = 48 if target == "teacher" else None
-        model = SiT(**SMALL, align_depth=2, projection_dim=projection_dim, implementation="eager")
+        model = SiT(**TINY, align_depth=2, projection_dim=projection_dim, implementation="eager")
         z, y = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="meta"):
         z.sum().item()
@@ -329,9 +316,6 @@ def test_type_errors(batch):
     not_ours = r"model must be a sra2_fast.SiT, bare or wrapped, got "
     with pytest.raises(InputTypeError, match=not_ours + "torch.nn.modules.linear.Linear"):
         SRA2Loss()(torch.nn.Linear(2, 2), **batch)
-    public = repa.SiT(input_size=4, hidden_size=32, depth=1, num_heads=2, z_dims=[8], encoder_depth=1)
-    with pytest.raises(InputTypeError, match=not_ours + "sra2_fast.compat.repa.SiT"):
-        SRA2Loss(align=None)(public, **batch)
 
 
 def test_a_model_without_the_right_projector(batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from photos import COUNT, SHARD_SIZE, SIZE, command, contents, refused, save_vae
+from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 
 from sra2_fast import prepare
@@ -20,7 +22,8 @@ from sra2_fast.data import make_loader, open_data
 from sra2_fast.data.layouts.shards import ShardSource
 from sra2_fast.errors import InputError
 from sra2_fast.prepare import encode as encode_module
-from sra2_fast.prepare.images import center_crop, list_images
+from sra2_fast.prepare.crop import center_crop
+from sra2_fast.prepare.listing import list_images
 from sra2_fast.vae.decode import make_decoder
 
 Image = pytest.importorskip("PIL.Image")
@@ -35,14 +38,14 @@ def test_latents_are_the_autoencoder_s(photos: Path, vae_path: Path, whole: Path
     assert source.class_names == ["china", "flower"] and source.vae == str(vae_path)
     assert [shard.samples for shard in source.shards] == [5, 5, 4]
     images = list_images(photos)
-    options = encode_module.EncodeOptions(str(photos), str(vae_path), SIZE, 2, "fp32", SHARD_SIZE)
+    options = encode_module.EncodeOptions(str(photos), str(vae_path), "weights", SIZE, 2, "fp32", SHARD_SIZE)
     order = np.concatenate([job.positions for job in encode_module.shard_jobs(images, options)])
     assert sorted(order) == list(range(COUNT)) and (order != np.arange(COUNT)).any()
     values, labels = source.read(np.arange(COUNT))
     assert (labels == images.labels[order]).all()
     vae = diffusers.AutoencoderKL.from_pretrained(vae_path).double().eval()
     for value, position in zip(values, order, strict=True):
-        image = center_crop(Image.open(photos / images.files[position]), SIZE)
+        image = center_crop(Image.open(photos / images.files[position]).convert("RGB"), SIZE)
         pixels = torch.from_numpy(image.transpose(2, 0, 1)[None].copy()).double() / 127.5 - 1
         with torch.no_grad():
             posterior = vae.encode(pixels).latent_dist
@@ -67,6 +70,55 @@ def test_grids_are_decoded_images(vae_path: Path, whole: Path) -> None:
     with torch.no_grad():
         want = (vae.decode(torch.from_numpy(values[:, :4])).sample + 1) * 127.5
     assert (np.abs(images - want.clamp(0, 255).permute(0, 2, 3, 1).numpy()) <= 0.51).all()
+
+
+def test_grids_are_decoded_with_the_autoencoder_of_the_data(vae_path: Path, whole: Path) -> None:
+    source = open_data(whole)
+    z = torch.from_numpy(source.latents(source.read(np.arange(2))[0]))
+    decode, named = make_decoder(source.decode_info()), make_decoder(source.decode_info(), str(vae_path))
+    assert (decode.vae, decode.note) == (named.vae, named.note) == (str(vae_path), None)
+    assert (decode(z) == named(z)).all() and decode(z).shape == (2, SIZE, SIZE, 3)
+    switched_off = make_decoder(source.decode_info(), "none")
+    assert switched_off(z).shape == (2, SIZE // 4, SIZE // 4, 3) and (switched_off.vae, switched_off.note) == (
+        None,
+        None,
+    )
+
+
+def test_without_the_autoencoder_of_the_data_latents_are_colours_and_that_is_said(
+    photos: Path, vae_path: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    assert main(command(photos, own, tmp_path / "out")) == 0
+    info = open_data(tmp_path / "out").decode_info()
+    z = torch.randn(1, 4, 8, 8)
+    save_vae(own, latent_channels=2)
+    gone = make_decoder(info)
+    assert gone.note is not None and gone.note.endswith(
+        "has 2 latent channels, the data 4; give the VAE it was made with"
+    )
+    shutil.rmtree(own)
+    gone = make_decoder(info)
+    assert gone.vae is None and (gone(z) == make_decoder(info, "none")(z)).all()
+    assert gone.note is not None and gone.note.startswith(
+        "samples are latents shown as colours (--vae names an autoenc"
+    )
+    assert "vae does not exist; give a folder with an AutoencoderKL" in gone.note
+    elsewhere = make_decoder(dataclasses.replace(info, vae="some/vae"))  # asks no network
+    assert elsewhere.note is not None and "some/vae is not on this machine; --vae some/vae downloads" in elsewhere.note
+    unknown = make_decoder(dataclasses.replace(info, vae=None))
+    assert unknown.note is not None and unknown.note.endswith(": the data name no autoencoder")
+
+
+def test_an_autoencoder_with_other_weights_is_said(vae_path: Path, whole: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    weights = other / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_in.bias"] += 1
+    save_file(state, weights)
+    decode = make_decoder(open_data(whole).decode_info(), str(other))
+    assert decode.vae == str(other)
+    assert decode.note == f"{other} has other weights than the autoencoder the latents were made with ({vae_path})"
 
 
 def test_a_decoder_of_another_autoencoder_is_refused(tmp_path: Path, whole: Path) -> None:
@@ -138,13 +190,13 @@ def test_ctrl_c_and_the_same_command_again(
     with monkeypatch.context() as patch:
         patch.setattr(encode_module, "encode", interrupted)
         assert main(command(photos, vae_path, out)) == 130
-    assert "interrupted with 1 of 3 shards finished; run the same command again to continue" in capsys.readouterr().err
+    assert "interrupted with 7 of 14 images encoded; run the same command again to go on" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"has no index.json, so it is not finished"):
         open_data(out)
     calls.clear()
     monkeypatch.setattr(encode_module, "encode", lambda *arguments: calls.append(arguments) or encode(*arguments))
     assert main(command(photos, vae_path, out)) == 0
-    assert len(calls) == 5  # only the two missing shards
+    assert len(calls) == 4  # only the missing batches of the second shard, and the third
     assert contents(out) == contents(whole)
 
 

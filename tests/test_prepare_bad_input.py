@@ -57,7 +57,8 @@ def test_no_readable_image_at_all(tmp_path: Path, vae_path: Path, capsys: pytest
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     arguments = command(tmp_path / "photos", vae_path, tmp_path / "out", "--skip-unreadable")
-    refused(capsys, arguments, "none of the 7 images in .*photos can be read")
+    match = r"none of the 7 images in class folder .*photos/a can be read \(a/0.png: cannot identify image file\); rep"
+    refused(capsys, arguments, match)
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -68,7 +69,7 @@ def test_images_that_are_not_there(tmp_path: Path, vae_path: Path, capsys: pytes
     images.mkdir()
     refused(capsys, arguments, "--images .*images is empty; it must hold a subfolder of images for every class")
     (images / "cats").mkdir()
-    refused(capsys, arguments, "class folder .*images/cats holds no PNG or JPEG; add some or remove it")
+    refused(capsys, arguments, "class folder .*images/cats holds no PNG, .* GIF, BMP or TIFF; add some or")
     (images / "loose.JPG").touch()
     refused(capsys, arguments, "images/loose.JPG is in no class subfolder, like 0 others; move it into one")
     assert not out.exists()

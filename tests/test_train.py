@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.errors import InputError
 from sra2_fast.train import build, loop
+from sra2_fast.train.grid import HEADER
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 
@@ -148,7 +149,14 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
     assert kept == ["step-00000008", "step-00000010"]
     assert any((tmp_path / "tensorboard").iterdir())
     latents = load_checkpoint(final(tmp_path, 10)).state["latents"]
-    assert latents == {"kind": "grayscale", "shift": [8.0], "scale": [0.125], "white": 16.0, "vae": None}
+    assert latents == {
+        "kind": "grayscale",
+        "shift": [8.0],
+        "scale": [0.125],
+        "white": 16.0,
+        "vae": None,
+        "vae_fingerprint": None,
+    }
 
 
 def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:
@@ -160,7 +168,7 @@ def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:
     first = [(tmp_path / name / "samples" / "step-00000002.png").read_bytes() for name in ("a", "b")]
     assert first[0] == first[1]
     picture = Image.open(tmp_path / "a" / "samples" / "step-00000002.png")
-    assert picture.size == (10 * (64 + 4), 4 * (64 + 4))
+    assert picture.size == (10 * (64 + 4), HEADER + 4 * (64 + 4))
     train(tiny(tmp_path / "c", steps=2, ema_decay=0.0))
     assert_same_checkpoint(final(tmp_path / "a", 2), final(tmp_path / "c", 2))
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import InputError, must_be, must_have_type
 from ..models import SiT
-from ..ops.patchify import unpatchify
 
 DECODER_HIDDEN_SIZE = 768  # the repositories' default, taken as "not given"
 PATCH_SIZES = (2, 4, 8)
@@ -22,6 +21,8 @@ SHARED_KEYWORDS = ("qk_norm", "fused_attn", "implementation", "checkpoint_blocks
 class FamilySiT(SiT):
     """A SiT without sigma channels, built and called as REPA and SRA do.
 
+    `SRA2Loss` takes it too: called with keywords of `sra2_fast.SiT.forward` it does what that does, with `align_depth`
+    and `alignment_head` for the block and the head of its repository.
     arguments: the constructor's named arguments, which `config()` returns.
     block_kwargs: `qk_norm`; `fused_attn`, which has no effect (attention picks its own kernel); and of ours
         `implementation` and `checkpoint_blocks`. The repositories insist on `qk_norm`, here it is False by default.
@@ -66,7 +67,7 @@ class FamilySiT(SiT):
     ) -> tuple[Tensor, Tensor]:
         self._check_block(argument, tap)
         velocity_tokens, hidden = self.velocity_and_hidden(x, t, y, force_drop_ids, tap)
-        return unpatchify(velocity_tokens, self.patch_size, *x.shape[2:]), hidden
+        return self.unpatchify(velocity_tokens), hidden
 
 
 def check_head_sizes(op: str, **sizes: Any) -> None:

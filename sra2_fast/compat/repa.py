@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.checks import constructor_arguments
 from ..layers.projector import build_projector
+from ..models.loss_inputs import SiTOutput
 from ..models.registry import registry
 from .family import PATCH_SIZES, FamilySiT, check_head_sizes
 
@@ -52,18 +53,27 @@ class SiT(FamilySiT):
         check_head_sizes(self._op, projector_dim=projector_dim, **{f"z_dims[{k}]": d for k, d in enumerate(z_dims)})
         self.z_dims = arguments["z_dims"]
         self.encoder_depth = encoder_depth
+        self.align_depth = encoder_depth if z_dims else None
         self._add_head(
             "projectors",
             nn.ModuleList(build_projector(hidden_size, projector_dim, z_dim, PROJECTOR_LAYERS) for z_dim in z_dims),
         )
 
+    @property
+    def alignment_head(self) -> nn.Module | None:
+        """The projector of the first encoder: of its features, or, where z_dims[0] is P, of the VAE latent."""
+        return self.projectors[0] if len(self.projectors) else None
+
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, y: Tensor, return_logvar: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, t: Tensor, y: Tensor, return_logvar: bool = False, **for_loss: Any
+    ) -> tuple[Tensor, list[Tensor]] | SiTOutput:
         """x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W) and one (B, N, z_dim) for each of z_dims.
 
         return_logvar has no effect, as in REPA. Labels are dropped by chance while training.
+        for_loss: see `FamilySiT`.
         """
+        if for_loss:
+            return super().forward(x, t, y, **for_loss)
         velocity, hidden = self._velocity_and_tokens(x, t, y, "encoder_depth", self.encoder_depth)
         return velocity, [projector(hidden) for projector in self.projectors]
 

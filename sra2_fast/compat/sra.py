@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import recipe
 from ..layers.checks import check_inputs, constructor_arguments
+from ..models.loss_inputs import SiTOutput
 from ..models.registry import registry
 from .family import PATCH_SIZES, FamilySiT
+
+STUDENT_BLOCK, XL_STUDENT_BLOCK = 4, 8
 
 
 class AlignmentHead(nn.Module):
@@ -56,16 +60,25 @@ class SiT(FamilySiT):
         arguments = constructor_arguments(locals())
         super().__init__("sra", arguments, block_kwargs)
         self._add_head("ap_head", AlignmentHead(hidden_size))
+        self.align_depth = XL_STUDENT_BLOCK if depth == recipe.XL_DEPTH else min(STUDENT_BLOCK, depth)
+
+    @property
+    def alignment_head(self) -> nn.Module | None:
+        """What the student's tokens go through before they are compared with the teacher's."""
+        return self.ap_head
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, y: Tensor, ad: int = 4
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, t: Tensor, y: Tensor, ad: int = STUDENT_BLOCK, **for_loss: Any
+    ) -> tuple[Tensor, Tensor, Tensor] | SiTOutput:
         """x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W), tokens (B, N, D), labels (B,).
 
         ad: the block whose tokens are returned, through the head while training, as they are in evaluation.
         The labels are those the model saw, some dropped by chance while training: the teacher must see the same.
+        for_loss: see `FamilySiT`; the block is then `align_depth`, 4, or 8 in a model of 28 blocks.
         Raises InputError unless ad is a block.
         """
+        if for_loss:
+            return super().forward(x, t, y, **for_loss)
         check_inputs(self, x, t, y)
         labels = self.y_embedder.drop(y)
         drop_no_more = torch.zeros_like(labels, dtype=torch.bool)

@@ -36,6 +36,13 @@ class Batch(NamedTuple):
         """The function applied to every tensor there is."""
         return Batch(*(None if one is None else function(one) for one in self))  # type: ignore[arg-type]
 
+    def split(self, size: int | None) -> list[Batch]:
+        """Consecutive parts of at most `size` samples; itself where size is None."""
+        if size is None or size >= len(self.labels):
+            return [self]
+        starts = range(0, len(self.labels), size)
+        return [self.map(lambda one, start=start: one[start : start + size]) for start in starts]  # type: ignore[misc]
+
 
 class _Steps(Dataset):
     """Item s is the batch of step s. An InputError is returned, not raised: torch would wrap it in a traceback."""

@@ -6,7 +6,9 @@ the model sees, z = (value - shift) * scale per channel, with value = mean + std
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ import numpy as np
 from ..errors import InputError
 
 MAX_NAMED = 3
+SPREAD_SAMPLES = 256
+FINGERPRINT_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class DecodeInfo:
     scale: np.ndarray  # (C,) float32
     white: float = 1.0
     vae: str | None = None  # name or path of the autoencoder the latents were made with, if known
+    vae_fingerprint: str | None = None  # of its weights, see vae/autoencoder.py
 
 
 class LatentSource(ABC):
@@ -37,7 +42,8 @@ class LatentSource(ABC):
     shift, scale: (C,) float32 - the normalisation.
     class_names: list of num_classes names, or None.
     block_size: int or None - samples that lie together on disk; None: order of reading does not matter.
-    vae: str or None - the autoencoder the latents were made with.
+    vae, vae_fingerprint: str or None - the autoencoder the latents were made with, and its weights.
+    notes: lines to tell the user before training: what was assumed, what looks wrong.
     """
 
     name: str
@@ -50,6 +56,8 @@ class LatentSource(ABC):
     class_names: list[str] | None = None
     block_size: int | None = None
     vae: str | None = None
+    vae_fingerprint: str | None = None
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +91,70 @@ class LatentSource(ABC):
         more = f" and {int(bad.sum()) - MAX_NAMED} more" if bad.sum() > MAX_NAMED else ""
         raise InputError(f"data: NaN or infinity in {', '.join(named)}{more}; encode these images again or remove them")
 
+    def spread(self) -> float:
+        """The standard deviation of z over all elements of up to SPREAD_SAMPLES samples, posterior included."""
+        values, _ = self.read(self.evenly_spaced(SPREAD_SAMPLES))
+        variance = self.latents(values).var(dtype=np.float64)
+        if self.has_posterior:
+            std = np.split(values, 2, axis=1)[1] * self.scale[:, None, None]
+            variance += np.square(std, dtype=np.float64).mean()
+        return float(np.sqrt(variance))
+
+    def fingerprint(self) -> str:
+        """A digest that differs when the training set does: of its sizes, normalisation and a sample of its values.
+
+        Cheap and the same on every machine. Subclasses that know more of their contents add it.
+        """
+        values, labels = self.read(self.evenly_spaced(FINGERPRINT_SAMPLES))
+        return digest(self.outline(), values, labels)
+
+    def outline(self) -> str:
+        """Sizes and normalisation, the part of a fingerprint that every layout has."""
+        normalisation = f"{self.shift.tolist()} {self.scale.tolist()}"
+        return f"{self.num_samples} {self.num_classes} {self.shape} {self.has_posterior} {normalisation}"
+
+    def evenly_spaced(self, count: int) -> np.ndarray:
+        """(min(count, num_samples),) int64: sample indices from the first to the last."""
+        return np.linspace(0, self.num_samples - 1, min(count, self.num_samples)).astype(np.int64)
+
     def decode_info(self) -> DecodeInfo:
-        """How sample grids are made from z (see data/decode.py)."""
-        return DecodeInfo("vae", self.shift, self.scale, vae=self.vae)
+        """How sample grids are made from z (see vae/decode.py)."""
+        return DecodeInfo("vae", self.shift, self.scale, vae=self.vae, vae_fingerprint=self.vae_fingerprint)
+
+
+class WithoutLabels(LatentSource):
+    """The same latents as one class: every label is 0."""
+
+    num_classes = 1
+
+    def __init__(self, labelled: LatentSource) -> None:
+        self.labelled = labelled
+        self.name, self.num_samples, self.shape = labelled.name, labelled.num_samples, labelled.shape
+        self.has_posterior, self.shift, self.scale = labelled.has_posterior, labelled.shift, labelled.scale
+        self.vae, self.vae_fingerprint = labelled.vae, labelled.vae_fingerprint
+        self.block_size, self.notes = labelled.block_size, labelled.notes
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, labels = self.labelled.read(indices)
+        return values, np.zeros_like(labels)
+
+    def describe(self, index: int) -> str:
+        return self.labelled.describe(index)
+
+    def will_need(self, indices: np.ndarray) -> None:
+        self.labelled.will_need(indices)
+
+    def fingerprint(self) -> str:
+        return digest("without labels", self.labelled.fingerprint())
+
+    def decode_info(self) -> DecodeInfo:
+        return self.labelled.decode_info()
+
+
+def digest(*parts: str | np.ndarray) -> str:
+    """SHA-256, in hexadecimal, of the parts and their lengths."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
+        total.update(f"{len(data)} ".encode() + data)
+    return total.hexdigest()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import has_flash_attn
+from .. import backends
 
 
 class Attention(nn.Module):
@@ -27,16 +27,15 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.flash_attn = backends.flash_attn_func()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, N, D)."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).unbind(2)  # each (B, N, H, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
-        if v.is_cuda and v.dtype == torch.bfloat16 and has_flash_attn():
-            from flash_attn import flash_attn_func
-
-            out = flash_attn_func(q.to(v.dtype), k.to(v.dtype), v)
+        if self.flash_attn is not None and v.is_cuda and v.dtype == torch.bfloat16:
+            out = self.flash_attn(q.to(v.dtype), k.to(v.dtype), v)
         else:
             # qk_norm leaves q and k in float32 under autocast; v has the type the product should run in.
             q, k, v = (m.to(v.dtype).transpose(1, 2) for m in (q, k, v))

@@ -81,8 +81,11 @@ def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Te
     size = model.input_size
     if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
         raise must_be("SiT", "x", f"(B, {model.in_channels}, {size}, {size})", tuple(x.shape))
-    if torch.float16 in (x.dtype, autocast_dtype(x.device.type)):
-        raise must_have_type("SiT", "x", "float32 or bfloat16 (float16 is not supported)", "float16")
+    if autocast_dtype(x.device.type) == torch.float16:
+        way_out = "bfloat16 (float16 is not supported; accelerate: --mixed-precision bf16)"
+        raise must_have_type("SiT", "the autocast dtype", way_out, torch.float16)
+    if x.dtype == torch.float16:
+        raise must_have_type("SiT", "x", "float32 or bfloat16 (float16 is not supported)", x.dtype)
     if not x.is_floating_point():
         raise must_have_type("SiT", "x", "float32 or bfloat16", x.dtype)
     for name, value in (("t", t), ("y", y), ("force_drop_ids", force_drop_ids)):

@@ -40,15 +40,19 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
-    def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Replace labels by the null label: where force_drop_ids says so, else (training) by chance."""
-        if force_drop_ids is not None:
-            dropped = force_drop_ids.bool()
-        elif self.training and self.dropout_prob > 0:
+    def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Replace labels by the null label: where force_drop_ids says so, None by chance."""
+        if force_drop_ids is None:
             dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
         else:
-            return labels
+            dropped = force_drop_ids.bool()
         return torch.where(dropped, self.num_classes, labels)
 
-    def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        return self.embedding_table(self.drop(labels, force_drop_ids))
+    def drop(self, labels: Tensor, train: bool | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        """`token_drop` where force_drop_ids is given, by chance while training; train None: while this module is."""
+        if force_drop_ids is None and not (self.dropout_prob > 0 and (self.training if train is None else train)):
+            return labels
+        return self.token_drop(labels, force_drop_ids)
+
+    def forward(self, labels: Tensor, train: bool | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        return self.embedding_table(self.drop(labels, train, force_drop_ids))

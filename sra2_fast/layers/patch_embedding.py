@@ -6,18 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain import is_readable, watched
+
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping p x p patches through one linear map, stored as a convolution (key `proj`)."""
+    """Non-overlapping p x p patches through one linear map, stored as a convolution (key `proj`).
 
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+    num_patches, patch_size (p, p): what the public models' own code reads.
+    """
+
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.num_patches = (input_size // patch_size) ** 2
+        self.patch_size = (patch_size, patch_size)
+        self.proj = watched(nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, N, D), tokens row by row."""
+        if not is_readable(self.proj, nn.Conv2d):
+            return self.proj(x).flatten(2).transpose(1, 2).contiguous()
         b, c, height, width = x.shape
-        p = self.proj.kernel_size[0]
+        p = self.patch_size[0]
         rows, columns = height // p, width // p
         patches = x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
         # Not self.proj(x): a convolution leaves D strided, and every token would have to be moved, not every latent.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 from torch import nn
+
+from .plain import is_plain, is_readable, watched
 
 
 def build_projector(hidden_size: int, projector_dim: int, projection_dim: int, num_layers: int) -> nn.Sequential:
@@ -16,4 +19,13 @@ def build_projector(hidden_size: int, projector_dim: int, projection_dim: int, n
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
         layers += [nn.Linear(width_in, width_out), nn.SiLU()]
-    return nn.Sequential(*layers[:-1])
+    watched(layers[-2])
+    return watched(nn.Sequential(*layers[:-1]))
+
+
+def readable_last(head: nn.Module | None) -> nn.Linear | None:
+    """A projector's last Linear, where its weights may be read instead of calling the projector; else None."""
+    if head is None or not is_plain(head, nn.Sequential) or head._compiled_call_impl is not None:
+        return None
+    last = cast(nn.Sequential, head)[-1]
+    return cast(nn.Linear, last) if is_readable(last, nn.Linear) else None

@@ -21,8 +21,13 @@ class LossOutput(NamedTuple):
     align: Tensor
 
 
+SiTOutput = Tensor | tuple[Tensor, Tensor] | LossOutput
+
+
 class LossInputs(Protocol):
     """What one batch is compared with; `sra2_fast.objective.terms.Terms` is the one there is."""
+
+    t: Tensor  # (B,) - the times; a wrapper that casts the arguments of `forward` has no hold of these
 
     @property
     def needs_hidden(self) -> bool:

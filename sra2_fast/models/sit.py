@@ -20,13 +20,18 @@ from ..layers import checks
 from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
 from ..layers.conditioning import LabelEmbedder, TimestepEmbedder
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
-from ..layers.projector import build_projector
+from ..layers.plain import is_plain, watched
+from ..layers.projector import build_projector, readable_last
 from ..ops.patchify import unpatchify
-from .loss_inputs import LossInputs, LossOutput
+from .loss_inputs import LossInputs, SiTOutput
 
 
 class SiT(nn.Module):
     """Velocity field of a latent: (x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
+
+    Here t = 0 is data, as in REPA and SRA. A checkpoint of the SiT repository loads (strict=True, align_depth=None),
+    but its t = 0 is noise: `-model(x, 1 - t, y)` is then the velocity that samplers of this package want. Samplers
+    that write `model(...)[0]` want a model of `sra2_fast.compat`.
 
     input_size: height and width of the latent; patch_size must divide it.
     hidden_size, depth, num_heads, mlp_ratio: D, number of blocks, H, MLP width over D.
@@ -85,13 +90,13 @@ class SiT(nn.Module):
         self.implementation = implementation
         self.checkpoint_blocks = checkpoint_blocks
 
-        num_tokens = (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        num_patches = (input_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, hidden_size), requires_grad=False)
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, implementation=implementation)
+            watched(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, implementation=implementation))
             for _ in range(depth)
         )
         self.projector: nn.Sequential | None = None
@@ -101,6 +106,7 @@ class SiT(nn.Module):
                 hidden_size, projector_dim or 2 * hidden_size, target_dim, projector_layers
             )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, implementation=implementation)
+        watched(self.final_layer)
         self.initialize_weights()
 
     def config(self) -> dict[str, Any]:
@@ -130,6 +136,10 @@ class SiT(nn.Module):
         """What the tokens of block `align_depth` go through before they are compared; None in a plain SiT."""
         return self.projector
 
+    def readable_last_projection(self) -> nn.Linear | None:
+        """The head's last Linear where its weights may be read instead of calling the head, None where not."""
+        return readable_last(self.alignment_head)
+
     def forward(
         self,
         x: Tensor,
@@ -140,7 +150,7 @@ class SiT(nn.Module):
         return_projection: bool = False,
         return_hidden: int | None = None,
         loss_inputs: LossInputs | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor] | LossOutput:
+    ) -> SiTOutput:
         """The velocity at (x, t, y).
 
         x: (B, C, H, W) float32 or bf16 - the noisy latent. t: (B,) float - time. y: (B,) int - labels in
@@ -151,6 +161,7 @@ class SiT(nn.Module):
         loss_inputs: what `SRA2Loss` passes; then its LossOutput is returned instead.
         Raises InputError (TypeError for a dtype) naming the argument.
         """
+        t = t if loss_inputs is None else loss_inputs.t
         tap, head = 0, self.alignment_head
         if return_projection or (loss_inputs is not None and loss_inputs.needs_hidden):
             if self.align_depth is None or head is None:
@@ -163,7 +174,7 @@ class SiT(nn.Module):
         velocity_tokens, hidden = self.velocity_and_hidden(x, t, y, force_drop_ids, tap)
         if loss_inputs is not None:
             return loss_inputs.evaluate(self, velocity_tokens, hidden)
-        velocity = unpatchify(velocity_tokens, self.patch_size, *x.shape[2:])
+        velocity = self.unpatchify(velocity_tokens)
         if return_projection:
             assert head is not None
             return velocity, head(hidden)
@@ -175,24 +186,34 @@ class SiT(nn.Module):
         """Velocity tokens (B, N, P), and the tokens (B, N, D) after block `tap` (0: what enters the first block)."""
         tokens, c = self._embed(x, t, y, force_drop_ids)
         hidden = closed(self._run_blocks(tokens, c, 0, tap))
-        return self._velocity_half(self.final_layer(self._run_blocks(hidden, c, tap, self.depth), c)), hidden
+        stream = self._run_blocks(hidden, c, tap, self.depth)
+        if not is_plain(self.final_layer, FinalLayer):
+            stream = closed(stream)
+        return self._velocity_half(self.final_layer(stream, c)), hidden
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) and conditioning (B, D)."""
         checks.check_inputs(self, x, t, y, force_drop_ids)
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
+        c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids=force_drop_ids)
+        return self.x_embedder(x) + self.pos_embed, c
 
     def _run_blocks(self, tokens: Tensor, c: Tensor, start: int, stop: int) -> Tensor | PendingResidual:
-        """The tokens after block `stop`, given those after block `start`; open unless blocks are checkpointed."""
-        if not self.checkpoint_blocks:
-            stream = PendingResidual(tokens)
-            for block in islice(self.blocks, start, stop):
-                stream = block(stream, c)
-            return stream
-        # Closed, since a checkpoint keeps its block's inputs: of an open residual those are two (B, N, D), not one.
+        """The stream after block `stop`, given the tokens after block `start`.
+
+        A block that is not plain gets and gives closed tokens. So does every block where blocks are checkpointed: a
+        checkpoint keeps its block's inputs, and an open residual would be two of (B, N, D), not one.
+        """
+        stream: Tensor | PendingResidual = tokens
         for block in islice(self.blocks, start, stop):
-            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.training else block(tokens, c)
-        return tokens
+            if self.checkpoint_blocks or not is_plain(block, SiTBlock):
+                stream = closed(stream)
+            elif isinstance(stream, Tensor):
+                stream = PendingResidual(stream)
+            if self.checkpoint_blocks and self.training:
+                stream = checkpoint(block, stream, c, use_reentrant=False)
+            else:
+                stream = block(stream, c)
+        return stream
 
     def _velocity_half(self, tokens: Tensor) -> Tensor:
         """(B, N, p p 2C) -> (B, N, p p C): leave out the sigma channels of a learn_sigma model."""
@@ -201,6 +222,10 @@ class SiT(nn.Module):
         b, n, _ = tokens.shape
         pixels = tokens.view(b, n, self.patch_size**2, self.out_channels)
         return pixels[..., : self.in_channels].flatten(2)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, p p C) -> (B, C, input_size, input_size), for any C."""
+        return unpatchify(x, self.patch_size, self.input_size, self.input_size)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance: v = v_null + cfg_scale (v_label - v_null) (arXiv 2207.12598, Eq. 6).

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import recipe
 from ..errors import InputError, must_be, must_have_type
 from ..models import LossOutput, SiT
 from ..ops.alignment_velocity_loss import ALIGNMENTS
@@ -22,8 +23,6 @@ from .terms import Terms
 from .time import TIMES, time_from_uniform
 
 TARGETS = ("vae", "features", "teacher")
-DEFAULT_WEIGHT = {"cosine": 0.5, "smooth_l1": 1.0, "mse": 1.0, "l1": 1.0}
-XL_DEPTH, XL_TEACHER_DEPTH = 28, 20  # SRA's blocks at XL; elsewhere the teacher reads twice as deep as the student
 
 
 class SRA2Loss:
@@ -48,17 +47,17 @@ class SRA2Loss:
         time: str = "uniform",
         align: str | None = "cosine",
         align_weight: float | None = None,
-        beta: float = 0.05,
+        beta: float = recipe.BETA,
         *,
         target: str = "vae",
         schedule: str = "constant",
         schedule_steps: int | None = None,
         teacher_depth: int | None = None,
-        teacher_gap: float = 0.2,
+        teacher_gap: float = recipe.TEACHER_GAP,
     ) -> None:
         self.path = "cosine" if path == "gvp" else path
         self.time, self.align, self.target = time, align, target
-        self.align_weight = DEFAULT_WEIGHT.get(align or "", 0.0) if align_weight is None else align_weight
+        self.align_weight = recipe.ALIGN_WEIGHT.get(align or "", 0.0) if align_weight is None else align_weight
         self.beta = beta
         self.schedule = Schedule(schedule, schedule_steps)
         self.teacher_depth, self.teacher_gap = teacher_depth, teacher_gap
@@ -73,6 +72,11 @@ class SRA2Loss:
         ):
             if not is_right:
                 raise must_be("SRA2Loss", name, expected, getattr(self, name))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a call needs `teacher=`."""
+        return self.target == "teacher" and self.align is not None
 
     def time_from_uniform(self, u: Tensor) -> Tensor:
         """(B,) uniform draws in (0, 1) -> (B,) times of this loss's distribution."""
@@ -106,7 +110,7 @@ class SRA2Loss:
         if label_drop is None and class_dropout_prob > 0:
             uniform = torch.rand(batch, device=device) if label_uniform is None else label_uniform
             label_drop = uniform < class_dropout_prob
-        if teacher_gap is None and self.target == "teacher" and self.align is not None:
+        if teacher_gap is None and self.has_teacher:
             teacher_gap = self.teacher_gap * (torch.rand_like(t) if teacher_uniform is None else teacher_uniform)
         return Draws(t, noise, label_drop, teacher_gap)
 
@@ -126,7 +130,7 @@ class SRA2Loss:
     ) -> LossOutput:
         """The loss of one batch.
 
-        model: a `SiT`, bare or wrapped by DDP, FSDP2 or torch.compile.
+        model: a `SiT`, bare or wrapped by DDP, FSDP, torch.compile or peft; its input is taken to its own dtype.
         latents: (B, C, H, W) float32 (bfloat16 is taken to it) - clean latents z. labels: (B,) int64.
         t: (B,) - time; noise: like latents; label_drop: (B,) bool - labels replaced by the null label; teacher_gap:
             (B,) - u above. `draws` fills what is None (labels are dropped only while the model trains).
@@ -149,15 +153,16 @@ class SRA2Loss:
         keep_labels = torch.zeros_like(labels, dtype=torch.bool)
         weight = self._weight(step, latents.device)
         target_tokens = features
-        if draws.teacher_gap is not None and teacher is not None:
+        if self.has_teacher and draws.teacher_gap is not None and teacher is not None:
             earlier = (draws.t - draws.teacher_gap).clamp(0, 1)
             with torch.no_grad():
                 x_t = interpolant(self.path, earlier).mix(latents, draws.noise)
                 block = self._teacher_block(sit)
+                x_t = _like_weights(x_t, teacher)
                 target_tokens = teacher(x_t, earlier, labels, force_drop_ids=keep_labels, return_hidden=block)
         terms = Terms(latents, draws.noise, draws.t, self.path, self.align, weight, self.beta, target_tokens)
         x_t = interpolant(self.path, draws.t).mix(latents, draws.noise)
-        return model(x_t, draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
+        return model(_like_weights(x_t, model), draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
 
     def _weight(self, step: int | None, device: torch.device) -> float | Tensor:
         weight = self.align_weight * self.schedule.factor(step)
@@ -168,7 +173,7 @@ class SRA2Loss:
         if self.teacher_depth is not None:
             return self.teacher_depth
         assert sit.align_depth is not None
-        return XL_TEACHER_DEPTH if sit.depth == XL_DEPTH else min(2 * sit.align_depth, sit.depth)
+        return recipe.teacher_depth(sit.depth, sit.align_depth)
 
     def _check(self, latents: Tensor, tensors: dict[str, Tensor | None], targets: dict[str, Any]) -> None:
         if latents.dim() != 4:
@@ -186,12 +191,20 @@ class SRA2Loss:
                 raise InputError(f"SRA2Loss: {name}= is only for target={name!r}, this loss has {self.target!r}")
 
 
-def _unwrapped(model: Any) -> SiT:
-    """The SiT inside DDP (`module`) and torch.compile (`_orig_mod`)."""
+def _unwrapped(model: nn.Module) -> SiT:
+    """The SiT inside DDP (`module`), torch.compile (`_orig_mod`) and peft (`base_model`, then `model`)."""
     inner = model
-    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    if not isinstance(inner, SiT) or type(inner).forward is not SiT.forward:
-        name = f"{type(inner).__module__}.{type(inner).__qualname__}"
-        raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", name)
+    while not isinstance(inner, SiT):
+        named = [getattr(inner, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
+        wrapped = [one for one in named if isinstance(one, nn.Module) and one is not inner]
+        if not wrapped:
+            name = f"{type(inner).__module__}.{type(inner).__qualname__}"
+            raise must_have_type("SRA2Loss", "model", "a sra2_fast.SiT, bare or wrapped", name)
+        inner = wrapped[0]
     return inner
+
+
+def _like_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """x in the type of the module's first parameter, as a bf16 model or teacher needs it."""
+    weight = next(module.parameters(), x)
+    return x.to(weight.dtype) if weight.is_floating_point() else x

@@ -1,17 +1,15 @@
 """`sra2-fast prepare`: a folder of images, encoded once with a frozen autoencoder, into latents to train on.
 
 The images are laid out in a shuffled order (so that a block of neighbours on disk mixes the classes) and cut into
-shards. A shard is encoded in the same batches whatever was done before, and knows from which images and options it was
-made. So a run that was killed is continued by the same command and ends with the same bytes, and on a finished folder
-the same command checks every checksum and makes damaged shards anew.
+shards. A shard is encoded in the same batches whatever was done before, and knows from which images, weights and
+options it was made. So a run that was killed is continued by the same command and ends with the same bytes, and on a
+finished folder the same command compares every checksum and every image, and makes damaged shards anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,17 +20,23 @@ from ..errors import InputError, must_be
 if TYPE_CHECKING:
     from ..data.layouts.shards import Shard, ShardSource
     from .encode import EncodeOptions
-    from .images import ImageList
+    from .listing import ImageList
 
-PLAN_FILE = "prepare.json"
 MAX_WORKERS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sra2-fast prepare`."""
-    parser.add_argument("--images", metavar="FOLDER", help="a subfolder of PNG or JPEG files for every class")
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="a subfolder for every class, of PNG, JPEG, WebP, GIF, BMP or TIFF files; turned as EXIF says, alpha on "
+        "white, 16 bits brought to 8",
+    )
     parser.add_argument("--vae", metavar="NAME_OR_PATH", help="diffusers AutoencoderKL: a hub name or a local folder")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where the latents go; the same again continues")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="where the latents go; the same command again goes on"
+    )
     parser.add_argument("--image-size", type=int, default=256, help="side of the square images (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded together (%(default)s)")
     parser.add_argument(
@@ -40,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (cuda if there is one)")
     parser.add_argument("--shard-size", type=int, default=4096, help="images in a shard (%(default)s: 134 MB)")
-    parser.add_argument("--num-workers", type=int, default=None, help="processes that read images (up to 8)")
+    parser.add_argument(
+        "--num-workers", type=int, default=None, help="processes that read images (one a core, up to 8)"
+    )
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
     parser.add_argument("--verify", action="store_true", help="only compare the finished latents with their checksums")
 
@@ -60,44 +66,55 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace, out: Path) -> int:
     from ..data.files import make_folder
-    from ..data.layouts.shards import INDEX_FILE, ShardSource, finished_shard
-    from ..vae.autoencoder import load_vae
+    from ..data.layouts.shards import INDEX_FILE, ShardSource
+    from ..vae.autoencoder import fingerprint, load_vae
+    from .earlier import keep_to_plan, survey
     from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
-    from .images import list_images
+    from .listing import list_images
+    from .reading import check_classes
 
     _check_options(args)
     images = list_images(Path(args.images))
+    for note in images.notes:
+        print(note)
     device, precision = _device_and_precision(args)
     vae = load_vae(args.vae, device)
     shape = latent_shape(vae, args.image_size)
     options = EncodeOptions(
-        str(images.folder.resolve()), args.vae, args.image_size, args.batch_size, precision, args.shard_size
+        images=str(images.folder.resolve()),
+        vae=str(Path(args.vae).resolve()) if Path(args.vae).exists() else args.vae,
+        vae_fingerprint=fingerprint(vae),
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        precision=precision,
+        shard_size=args.shard_size,
     )
     make_folder(out)
-    _keep_to_plan(out, options, images)
+    keep_to_plan(out, options, images)
     jobs = shard_jobs(images, options)
-    shards = {job.number: shard for job in jobs if (shard := finished_shard(out, job.name, job.key)) is not None}
-    todo = [job for job in jobs if job.number not in shards]
-    if todo:
-        (out / INDEX_FILE).unlink(missing_ok=True)
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if args.num_workers is None else args.num_workers
-    encoding = encode_shards(out, images, vae, options, todo, num_workers=workers, skip_unreadable=args.skip_unreadable)
+    shards, works = survey(out, images, jobs, workers)
+    if works:
+        check_classes(images, args.image_size)
+        (out / INDEX_FILE).unlink(missing_ok=True)
+    encoding = encode_shards(
+        out, images, vae, options, works, num_workers=workers, skip_unreadable=args.skip_unreadable
+    )
     try:
         for job, shard in encoding:
             shards[job.number] = shard
     except KeyboardInterrupt:
+        done = sum(len(job.positions) for job in jobs if job.number in shards)
+        done += sum(work.images_done for work in works if work.job.number not in shards)
         print(
-            f"\nsra2-fast prepare: interrupted with {len(shards)} of {len(jobs)} shards finished; "
-            "run the same command again to continue",
+            f"\nsra2-fast prepare: interrupted with {done} of {len(images.files)} images encoded; "
+            "run the same command again to go on after them",
             file=sys.stderr,
         )
         return 130
-    in_order = [shards[job.number] for job in jobs]
-    if not any(shard.samples for shard in in_order):
-        raise InputError(f"prepare: none of the {len(images.files)} images in {images.folder} can be read")
     if not (out / INDEX_FILE).is_file():
-        _finish(out, in_order, images, vae, options, shape)
-    how = "" if todo else "already complete, all checksums right: "
+        _finish(out, [shards[job.number] for job in jobs], images, vae, options, shape)
+    how = "" if works else "already complete, all checksums right: "
     print(f"{how}{_summary(ShardSource(out))} in {out}; train on them with sra2-fast train --data {out}")
     return 0
 
@@ -105,23 +122,36 @@ def _prepare(args: argparse.Namespace, out: Path) -> int:
 def _finish(
     out: Path, shards: list[Shard], images: ImageList, vae: Any, options: EncodeOptions, shape: tuple[int, int, int]
 ) -> None:
-    """Say what was left out, remove shards of an earlier list of images, and write the index."""
+    """Say what was left out or converted, remove what an earlier list of images left, and write the index."""
     from ..data.files import write_whole
     from ..data.layouts.shards import SHARD_PATTERN, write_index
     from ..vae.autoencoder import normalisation
-    from .encode import UNREADABLE_FILE, name_some
+    from . import convert
+    from .earlier import digest_of
+    from .encode import UNREADABLE_FILE
+    from .listing import name_some
+    from .shard_work import total
 
     unreadable = [name for shard in shards for name in shard.unreadable]
     (out / UNREADABLE_FILE).unlink(missing_ok=True)
     if unreadable:
         write_whole(out / UNREADABLE_FILE, "".join(f"{name}\n" for name in unreadable).encode())
         print(f"left out {len(unreadable)} unreadable images: {name_some(unreadable)}; see {out / UNREADABLE_FILE}")
+    converted = total(shard.record["converted"] for shard in shards)
+    if converted:
+        print(convert.summary(converted))
     current = {shard.file for shard in shards}
     for path in out.glob(f"{SHARD_PATTERN}*"):  # the half-written too
         if path.name not in current:
             path.unlink()
     about = normalisation(vae)
     recorded = {key: value for key, value in vars(about).items() if key != "channels"}
+    origin = {
+        **vars(options),
+        "alpha_on": convert.BACKGROUND,
+        "converted": converted,
+        "pictures": {shard.file: digest_of(shard.record["marks"]) for shard in shards},
+    }
     write_index(
         out,
         shards,
@@ -130,42 +160,15 @@ def _finish(
         class_names=images.class_names,
         shift=[float(value) for value in about.shift],
         scale=[float(value) for value in about.scale],
-        vae={"name": options.vae, "downsample_factor": options.image_size // shape[-1], **recorded},
-        prepared_from=vars(options),
+        vae={
+            "name": options.vae,
+            "fingerprint": options.vae_fingerprint,
+            "downsample_factor": options.image_size // shape[-1],
+            **recorded,
+        },
+        prepared_from=origin,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "pillow")},
     )
-
-
-def _keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
-    """Refuse to mix two data sets in one folder: prepare.json remembers what it was begun with.
-
-    As long as it is not finished the list of images may change (unreadable ones get removed); afterwards not.
-    """
-    from ..data.files import write_whole
-    from ..data.layouts.shards import INDEX_FILE, is_shards
-
-    path = out / PLAN_FILE
-    listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
-    plan = {**vars(options), "listing": listing}
-    if path.is_file():
-        try:
-            before = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"prepare: {path} cannot be read ({error}); remove it or give another --out") from error
-        for name, value in vars(options).items():
-            if before.get(name) != value:
-                option = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"prepare: {out} was begun with {option} {before.get(name)}, not {value}; give another --out"
-                )
-        if before.get("listing") != listing and (out / INDEX_FILE).is_file():
-            raise InputError(
-                f"prepare: {out} is finished, and {images.folder} holds other images now; "
-                f"give another --out, or remove {out / INDEX_FILE} to make it anew"
-            )
-    elif is_shards(out):
-        raise InputError(f"prepare: --out {out} holds latents of another origin; give another folder")
-    write_whole(path, json.dumps(plan, indent=1).encode())
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data.files import write_whole
-from ..data.layouts.shards import Shard, shard_name, write_shard
+from ..data.layouts.shards import Shard, shard_name
 from ..data.loader import ignore_interrupts
 from ..errors import InputError
+from ..progress import progress_bar
 from ..randomness import Stream, generator
 from ..vae.autoencoder import downsample_factor, encode, normalisation
-from .images import Chunk, ImageChunks, ImageList
+from .listing import ImageList, name_some
+from .reading import Chunk, ImageChunks, mark_texts
+from .shard_work import Piece, ShardJob, ShardWork
 
 UNREADABLE_FILE = "unreadable.txt"
-MAX_NAMED = 3
-
-
-class ShardJob(NamedTuple):
-    """A shard to be made."""
-
-    number: int
-    name: str
-    positions: np.ndarray  # (n,) in the list of images
-    key: str  # a hash of all that the shard depends on
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What decides the bytes of the shards; kept in prepare.json and index.json."""
+    """What decides the bytes of the shards, and where it came from; kept in prepare.json and index.json."""
 
     images: str
     vae: str
+    vae_fingerprint: str  # of its weights; the name is a record only
     image_size: int
     batch_size: int
     precision: str
@@ -64,18 +56,18 @@ def encode_shards(
     images: ImageList,
     vae: torch.nn.Module,
     options: EncodeOptions,
-    jobs: list[ShardJob],
+    works: list[ShardWork],
     *,
     num_workers: int,
     skip_unreadable: bool,
 ) -> Iterator[tuple[ShardJob, Shard]]:
-    """Encode and write `jobs` one after the other, with a progress bar over all images.
+    """Finish `works` one after the other, with a progress bar over all images.
 
-    A shard is encoded in batches that depend on its job alone. At the first unreadable image encoding stops, the rest
-    is only read, and an InputError names them all; with `skip_unreadable` they are left out of their shards.
+    At the first unreadable image encoding stops, the rest is only read, and an InputError names them all; with
+    `skip_unreadable` they are left out of their shards. Ctrl-C leaves what is encoded on disk.
     """
     size = options.batch_size
-    chunks = [job.positions[start : start + size] for job in jobs for start in range(0, len(job.positions), size)]
+    chunks = [batch for work in works for batch in work.missing(size)]
     loader = DataLoader(
         ImageChunks(images, chunks, options.image_size),
         batch_size=None,
@@ -84,34 +76,32 @@ def encode_shards(
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator().manual_seed(0),  # leaves torch's global generator as it was
     )
-    total, todo = len(images.files), sum(len(job.positions) for job in jobs)
+    total, todo = len(images.files), sum(len(chunk) for chunk in chunks)
     refused: list[str] = []
-    with tqdm(total=total, initial=total - todo, unit="image", desc="encoding", disable=not jobs) as bar:
+    with progress_bar(total=total, initial=total - todo, unit="image", desc="encoding", disable=not chunks) as bar:
         read = iter(loader)
-        for job in jobs:
-            parts = []
-            for _ in range(0, len(job.positions), size):
-                chunk = next(read)
-                if chunk.unreadable and not skip_unreadable:
-                    refused += chunk.unreadable
-                    bar.set_description("only checking")
-                encoded = None if refused else _encode(vae, chunk, images, options.precision)
-                parts.append((chunk, encoded))
-                bar.update(len(chunk.positions) + len(chunk.unreadable))
+        for work in works:
+            try:
+                for _ in work.begin(size):
+                    chunk = next(read)
+                    if chunk.unreadable and not skip_unreadable:
+                        work.save()
+                        refused += chunk.unreadable
+                        bar.set_description("only checking")
+                    if not refused:
+                        work.add(_encode(vae, chunk, images, options.precision))
+                    bar.update(len(chunk.marks))
+            except KeyboardInterrupt:
+                work.save()
+                raise
             if not refused:
-                yield job, _write(out, job, images, parts)
+                yield work.job, work.finish()
     if refused:
         write_whole(out / UNREADABLE_FILE, "".join(f"{name}\n" for name in refused).encode())
         raise InputError(
             f"prepare: {len(refused)} of {total} images cannot be read: {name_some(refused)} (all are listed in "
             f"{out / UNREADABLE_FILE}); repair or remove them, or leave them out with --skip-unreadable"
         )
-
-
-def name_some(names: list[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def latent_shape(vae: torch.nn.Module, image_size: int) -> tuple[int, int, int]:
@@ -122,8 +112,19 @@ def latent_shape(vae: torch.nn.Module, image_size: int) -> tuple[int, int, int]:
     return normalisation(vae).channels, image_size // factor, image_size // factor
 
 
-def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: str) -> np.ndarray:
-    """(n, 2C, H, W) float32 moments of the readable images of `chunk`."""
+def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: str) -> Piece:
+    return Piece(
+        batches=1,
+        moments=_moments(vae, chunk, images, precision),
+        labels=images.labels[chunk.positions],
+        unreadable=chunk.unreadable,
+        marks=mark_texts(chunk.marks),
+        converted=chunk.converted,
+    )
+
+
+def _moments(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: str) -> np.ndarray:
+    """(n, 2C, H, W) float32 of the readable images of `chunk`."""
     if not len(chunk.positions):
         channels, height, width = latent_shape(vae, chunk.pixels.shape[-1])
         return np.empty((0, 2 * channels, height, width), dtype=np.float32)
@@ -135,19 +136,12 @@ def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: st
     return moments
 
 
-def _write(out: Path, job: ShardJob, images: ImageList, parts: list[tuple[Chunk, Any]]) -> Shard:
-    moments = np.concatenate([encoded for _, encoded in parts])
-    labels = images.labels[np.concatenate([chunk.positions for chunk, _ in parts])]
-    unreadable = [name for chunk, _ in parts for name in chunk.unreadable]
-    return write_shard(out, job.name, moments, labels, job.key, unreadable)
-
-
 def _key(images: ImageList, positions: np.ndarray, options: EncodeOptions) -> str:
-    """A hash of the options and of every image's name, label and size (which stands for its contents)."""
-    digest = hashlib.sha256(json.dumps(vars(options), sort_keys=True).encode())
+    """A hash of the options and of every image's name and label; their contents have marks of their own."""
+    decisive = [options.vae_fingerprint, options.image_size, options.batch_size, options.precision]
+    digest = hashlib.sha256(json.dumps(decisive).encode())
     for position in positions:
-        file = images.files[position]
-        digest.update(f"{file}\0{images.labels[position]}\0{os.path.getsize(images.folder / file)}\n".encode())
+        digest.update(f"{images.files[position]}\0{images.labels[position]}\n".encode())
     return digest.hexdigest()
 
 

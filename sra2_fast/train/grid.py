@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ MAX_COLUMNS = 10
 ROWS = 4
 IMAGE_PIXELS = 64  # smaller images are enlarged, pixel by pixel, to at least this side
 MARGIN = 2
+HEADER = 16  # pixels for the names of the classes
 
 
 class SampleGrid:
     """A grid of one class a column (ten of them at most, evenly chosen), ROWS draws each.
 
-    shape: (C, H, W) of a latent. decode: z (n, C, H, W) -> (n, H, W, 3) uint8. steps, cfg_scale: of the Heun sampler.
+    shape: (C, H, W) of a latent. class_names: None shows their numbers. decode: z (n, C, H, W) -> (n, H, W, 3) uint8.
+    steps, cfg_scale: of the Heun sampler.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class SampleGrid:
         *,
         shape: tuple[int, int, int],
         num_classes: int,
+        class_names: Sequence[str] | None,
         seed: int,
         decode: Callable[[torch.Tensor], np.ndarray],
         steps: int,
@@ -39,6 +43,7 @@ class SampleGrid:
         columns = min(num_classes, MAX_COLUMNS)
         classes = [column * num_classes // columns for column in range(columns)]
         self.columns = columns
+        self.names = [str(c) if class_names is None else class_names[c] for c in classes]
         self.labels = torch.tensor(classes * ROWS)
         self.noise = torch.from_numpy(sampling_noise(seed, np.arange(columns * ROWS), shape))
         self._decode = decode
@@ -62,8 +67,9 @@ class SampleGrid:
             model.train(was_training)
 
     def picture(self, latents: torch.Tensor) -> np.ndarray:
-        """(height, width, 3) uint8 of what `sample` returned."""
-        return tile(self._decode(latents), self.columns)
+        """(height, width, 3) uint8 of what `sample` returned, the classes' names above the columns."""
+        picture = tile(self._decode(latents), self.columns)
+        return np.concatenate([header(self.names, picture.shape[1]), picture])
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
@@ -74,6 +80,21 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     count, height, width, _ = images.shape
     rows = count // columns
     return images.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def header(names: Sequence[str], width: int) -> np.ndarray:
+    """(HEADER, width, 3) uint8: the names in white, each centred over its column and cut where it is too long."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, HEADER))
+    draw = ImageDraw.Draw(strip)
+    column = width / len(names)
+    for place, name in enumerate(names):
+        text = name.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+        while len(text) > 1 and draw.textlength(text) > column - 2 * MARGIN:
+            text = text[:-1]
+        draw.text(((place + 0.5) * column, HEADER / 2), text, fill="white", anchor="mm")
+    return np.asarray(strip)
 
 
 def can_write_png() -> bool:
@@ -91,5 +112,6 @@ def write_png(picture: np.ndarray, path: Path) -> None:
         Image.fromarray(picture).save(temporary, format="PNG")
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"train: {path} cannot be written ({error.strerror or error}); free some space") from error

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+STDERR = 2
+
+
+class Interrupted(Exception):
+    """Raised inside work that can be dropped (a sample grid), never inside a step or a save."""
+
 
 class Interrupt:
-    """Within `with Interrupt() as interrupt`, the first signal sets `interrupt.signal`; a second one acts as usual.
+    """Within `with Interrupt(step) as interrupt`, the first signal sets `interrupt.signal`; a second one acts as usual.
 
+    step: asked at the first signal, for the line that says what happens now.
     Outside the main thread Python allows no handlers: then nothing is caught.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, step: Callable[[], int]) -> None:
         self.signal: signal.Signals | None = None
+        self._step = step
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as a shell reports it; 0 without one."""
         return 128 + self.signal if self.signal is not None else 0
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal has come."""
+        if self.signal is not None:
+            raise Interrupted
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -33,6 +48,8 @@ class Interrupt:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
+        line = f"\n{self.signal.name}: finishing step {self._step() + 1} and saving; again to leave at once\n"
+        os.write(STDERR, line.encode())  # not print: a handler may run in the middle of one
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -7,7 +7,7 @@ the batch), so that a run cut in two is bitwise the run in one piece. One proces
 from __future__ import annotations
 
 import dataclasses
-import sys
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +24,14 @@ from tqdm import tqdm
 from .. import backends
 from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
+from ..errors import InputError, is_out_of_memory
+from ..progress import progress_bar
 from ..vae.decode import make_decoder
 from . import build
 from .allocator import keep_freed_memory
 from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
 from .grid import SampleGrid, can_write_png, write_png
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Interrupted
 from .options import TrainOptions
 from .resume import check_same_run, describe_run, find_checkpoint
 from .run_directory import RunDirectory
@@ -49,15 +51,31 @@ class TrainResult:
 def train(options: TrainOptions) -> TrainResult:
     """Train (or go on training) one run until `options.steps`.
 
-    Raises InputError for bad input, NonFiniteLoss when a loss or the gradient is not finite.
+    Raises InputError for bad input or too little memory, NonFiniteLoss when a loss or the gradient is not finite.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("train: runs on one process and one device as yet, not under torchrun; start it by itself")
     options = build.resolve(options)
     if options.device == "cpu":
         keep_freed_memory()
-    source = open_data(options.data, options.num_classes)
+    source = open_data(
+        options.data,
+        options.num_classes,
+        latent_scale=options.latent_scale,
+        latent_shift=options.latent_shift,
+        ignore_labels=options.ignore_labels,
+    )
     directory = RunDirectory(options.out)
     try:
         return Trainer(options, source, directory).train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = options.microbatch or options.batch_size
+        raise InputError(
+            f"train: out of memory on {options.device}; lower what is held at once with --microbatch (now {size}), "
+            "or use --checkpoint-blocks; a smaller --batch-size changes the training"
+        ) from error
     finally:
         directory.close()
 
@@ -91,6 +109,7 @@ class Trainer:
             teacher=None if self.teacher is None else self._compiled(self.teacher),
             step=checkpoint.step if checkpoint else 0,
         )
+        self._saved_step = self.step if checkpoint else None
         self.grid = self._make_grid()
         self._say_what_runs(changes)
 
@@ -126,19 +145,23 @@ class Trainer:
         self._write_config()
         self.directory.open_metrics(self.step)
         self.model.train()
-        with Interrupt() as interrupt, self._progress_bar() as self.bar:
+        bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
+        with Interrupt(lambda: self.step) as interrupt, bar as self.bar:
             self._restart_clock()
             for batch in self._batches(self.step, options.steps - self.step):
-                self.take_step([batch])
+                self.take_step(batch.split(options.microbatch))
                 self.bar.update()
                 is_last = self.step == options.steps
                 if is_last or self.step % options.log_every == 0:
                     self._log()
                 if is_last or interrupt.signal or self.step % options.checkpoint_every == 0:
                     self._save()
-                if is_last or (options.sample_every and self.step % options.sample_every == 0):
-                    self._draw_samples()
+                if not interrupt.signal and (
+                    is_last or (options.sample_every and self.step % options.sample_every == 0)
+                ):
+                    self._draw_samples(interrupt)
                 if interrupt.signal:
+                    self._save()  # where the signal came while the samples were drawn
                     break
         if interrupt.signal and self.step < options.steps:
             name = interrupt.signal.name
@@ -147,17 +170,6 @@ class Trainer:
             )
             return TrainResult(self.step, self.checkpoint, interrupt.exit_code, self.record)
         return TrainResult(self.step, self.checkpoint, 0, self.record)
-
-    def _progress_bar(self) -> tqdm:
-        interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-        return tqdm(
-            desc="train",
-            unit="step",
-            total=self.options.steps,
-            initial=self.step,
-            dynamic_ncols=True,
-            mininterval=interval,
-        )
 
     def _batches(self, start: int, count: int) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"
@@ -214,6 +226,9 @@ class Trainer:
         self._clock_start, self._clock_step = time.perf_counter(), self.step
 
     def _save(self) -> None:
+        """Save this step, unless it is saved."""
+        if self._saved_step == self.step:
+            return
         pending = self._read_history()
         paused = time.perf_counter()
         named = cast(dict[str, Any], get_optimizer_state_dict(self.model, self.optimizer))
@@ -235,6 +250,7 @@ class Trainer:
                 "versions": backends.versions(),
             },
         )
+        self._saved_step = self.step
         prune_checkpoints(self.directory.checkpoints, self.options.keep_checkpoints)
         self._clock_start += time.perf_counter() - paused
 
@@ -247,22 +263,36 @@ class Trainer:
         options = self.options
         if not options.sample_every or not can_write_png():
             return None
+        decode = make_decoder(self.source.decode_info(), options.vae, self.device)
+        if decode.note:
+            tqdm.write(decode.note)
         return SampleGrid(
             shape=self.source.shape,
             num_classes=self.source.num_classes,
+            class_names=self.source.class_names,
             seed=options.seed,
-            decode=make_decoder(self.source.decode_info(), options.vae, self.device),
+            decode=decode,
             steps=options.sample_steps,
             cfg_scale=options.sample_cfg,
         )
 
-    def _draw_samples(self) -> None:
+    def _draw_samples(self, interrupt: Interrupt) -> None:
+        """Draw and write the grid; a signal stops it, and a picture that cannot be made costs a line, not the run."""
         if self.grid is None:
             return
         paused = time.perf_counter()
-        with self.optimizer.swap_ema(self.model), self.take_step.autocast():
-            latents = self.grid.sample(self.model, self.device)
-        write_png(self.grid.picture(latents), self.directory.samples / f"step-{self.step:08d}.png")
+        path = self.directory.samples / f"step-{self.step:08d}.png"
+        watch = self.model.register_forward_pre_hook(lambda module, inputs: interrupt.check())
+        try:
+            with self.optimizer.swap_ema(self.model), self.take_step.autocast():
+                latents = self.grid.sample(self.model, self.device)
+            write_png(self.grid.picture(latents), path)
+        except Interrupted:
+            tqdm.write(f"left out the samples of step {self.step}")
+        except InputError as error:
+            tqdm.write(f"no samples of step {self.step}: {error}")
+        finally:
+            watch.remove()
         self._clock_start += time.perf_counter() - paused
 
     def _write_config(self) -> None:
@@ -271,7 +301,7 @@ class Trainer:
                 "options": dataclasses.asdict(self.options),
                 "model": self.model.config(),
                 "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                "data": self.description["data"],
+                "data": f"{self.source.name}: {self.description['data']}",
                 "started_at_step": self.step,
                 "device": backends.device_name(self.device),
                 "versions": backends.versions(),
@@ -283,11 +313,13 @@ class Trainer:
         million = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         how = f"{options.implementation}, compiled" if options.compile else options.implementation
         tqdm.write(
-            f"SiT {options.model} ({million:.1f} M parameters) on {self.description['data']}; "
+            f"SiT {options.model} ({million:.1f} M parameters) on {self.source.name}: {self.description['data']}; "
             f"{options.precision} on {options.device}, {how}; --out {options.out}"
         )
         if self.checkpoint is not None:
             changed = f", with {'; '.join(changes)}" if changes else ""
             tqdm.write(f"going on from {self.checkpoint}{changed}")
+        for note in self.source.notes:
+            tqdm.write(note)
         if options.sample_every and self.grid is None:
             tqdm.write("no sample grids: pip install pillow")

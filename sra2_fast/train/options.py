@@ -58,6 +58,11 @@ class TrainOptions:
 
     out: str = _changeable("", "folder of the run: checkpoints, samples, metrics (required)")
     data: str = _changeable("digits", "'digits', or a folder of latents")
+    latent_scale: str | None = _option(
+        None, "z = (value - shift) * scale, where the data record neither: a number, or one a channel (0.1,0.2,...)"
+    )
+    latent_shift: str | None = _option(None, "the shift of --latent-scale")
+    ignore_labels: bool = _option(False, "train without classes, whatever labels the data have")
     model: str = _option("SiT-B/2", "a registry name, or 'D,depth,heads,patch' such as 128,6,4,2")
     num_classes: int | None = _option(
         None, "labels of the model, without the null label (default: those of the data)", AT_LEAST_1
@@ -65,6 +70,7 @@ class TrainOptions:
     qk_norm: bool = _option(False, "normalise queries and keys")
     steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
     batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
+    microbatch: int | None = _option(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
     seed: int = _option(0, "of the weights, the data order, time, noise and label dropout", SEED)
 
     lr: float = _option(recipe.LR, "learning rate of AdamW", ABOVE_0)
@@ -109,14 +115,16 @@ class TrainOptions:
     checkpoint_blocks: bool = _changeable(False, "recompute each block in the backward pass to save memory")
     workers: int | None = _changeable(None, "data loading processes (default: 0 on a CPU, 4 on a GPU)", FROM_0)
 
-    resume: str = _changeable("auto", "auto: go on from the newest checkpoint of --out; never; or a checkpoint folder")
+    resume: str = _changeable("auto", "auto: from the newest checkpoint of --out; never; or a checkpoint or run")
     log_every: int = _changeable(50, "steps between lines of metrics.jsonl", AT_LEAST_1)
     checkpoint_every: int = _changeable(10_000, "steps between checkpoints; one is always saved at the end", AT_LEAST_1)
     keep_checkpoints: int = _changeable(0, "delete all but the newest that many; 0: keep all", FROM_0)
     sample_every: int = _changeable(10_000, "steps between sample grids, one more at the end; 0: none", FROM_0)
     sample_steps: int = _changeable(50, "Heun steps of the sample grids", AT_LEAST_1)
     sample_cfg: float = _changeable(1.0, "guidance scale of the sample grids")
-    vae: str | None = _changeable(None, "AutoencoderKL (hub name or folder) that decodes the sample grids")
+    vae: str | None = _changeable(
+        None, "AutoencoderKL (hub name or folder) that decodes the sample grids, or none (default: the data's own)"
+    )
 
     def __post_init__(self) -> None:
         for name, kind, about in _fields():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, checkpoint_name, load_checkpoint
+from ..checkpoints import Checkpoint, checkpoint_name, list_checkpoints, load_checkpoint
 from ..data import LatentSource
 from ..errors import InputError
 from .options import TrainOptions, fixed_on_resume
 from .run_directory import RunDirectory
+
+FINGERPRINT = "data_fingerprint"
+SHAPES_WEIGHTS = ("model", "num_classes", "qk_norm")
 
 
 def find_checkpoint(options: TrainOptions, directory: RunDirectory) -> Checkpoint | None:
@@ -28,7 +32,7 @@ def find_checkpoint(options: TrainOptions, directory: RunDirectory) -> Checkpoin
                 "or go on with --resume auto"
             )
         return None
-    checkpoint = load_checkpoint(options.resume)
+    checkpoint = load_checkpoint(newest_of_run(options.resume))
     if newest is not None and newest.name != checkpoint_name(checkpoint.step):
         raise InputError(
             f"train: --out {directory.path} already holds {newest.name}, and --resume starts from "
@@ -41,32 +45,73 @@ def find_checkpoint(options: TrainOptions, directory: RunDirectory) -> Checkpoin
     return checkpoint
 
 
+def newest_of_run(path: str) -> str | Path:
+    """`path`, or the newest checkpoint in it where it is the folder of a run."""
+    found = list_checkpoints(Path(path) / "checkpoints")
+    return found[-1] if found else path
+
+
 def describe_run(options: TrainOptions, source: LatentSource) -> dict[str, Any]:
-    """What a resumed run must share with what went before to be one run: the resolved options and the data."""
+    """What a resumed run must share with what went before to be one run: the resolved options and the data.
+
+    Not where the data lie: another spelling of the path, or a copy, is the same data.
+    """
     values = {name: value for name, value in dataclasses.asdict(options).items() if fixed_on_resume(name)}
-    return {
-        **values,
-        "data": f"{source.name}: {source.num_samples} x {list(source.shape)}, {source.num_classes} classes",
-    }
+    values["num_classes"] = options.num_classes or source.num_classes
+    values["data"] = f"{source.num_samples} x {list(source.shape)}, {source.num_classes} classes"
+    values[FINGERPRINT] = source.fingerprint()
+    return values
 
 
 def check_same_run(checkpoint: Checkpoint, run: dict[str, Any], resume: str) -> list[str]:
-    """Compare with the checkpoint's run. With `auto` a difference is an InputError; else it is a wish, and returned."""
+    """Compare with the checkpoint's run. With `auto` a difference is an InputError; else it is a wish, and returned.
+
+    What makes other shapes of weights is no wish: it is an InputError either way.
+    """
     missing = [key for key in ("run", "optimizer", "pending") if key not in checkpoint.state]
     if missing:
         raise InputError(
             f"checkpoint {checkpoint.path}: not of sra2-fast train (its state.json has no {missing[0]!r}); "
             "choose another --resume"
         )
-    before = checkpoint.state["run"]
-    changes = [
-        f"--{name.replace('_', '-')} {before.get(name)} -> {value}"
-        for name, value in run.items()
-        if before.get(name) != value
-    ]
+    before = _as_today(checkpoint.state["run"], run)
+    differing = [name for name, value in run.items() if before[name] != value]
+    for name in differing:
+        if name in SHAPES_WEIGHTS:
+            raise InputError(
+                f"train: {checkpoint.path} was trained with {option_of(name)} {before[name]}, not {run[name]}; "
+                "give the same"
+            )
+    changes = [f"{option_of(name)} {before[name]} -> {run[name]}" for name in differing if name != FINGERPRINT]
+    if differing == [FINGERPRINT]:
+        changes = ["--data holds other latents than it was trained on"]
     if changes and resume == "auto":
         raise InputError(
             f"train: {checkpoint.path} is of a run with other options ({'; '.join(changes)}); give the same ones, "
             f"choose another --out, or take the changes on purpose with --resume {checkpoint.path}"
+            f"{_about_the_decay(before, run, differing)}"
         )
     return changes
+
+
+def option_of(name: str) -> str:
+    """The option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_today(before: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """A description with what an older version did not record: defaults of newer options; what is unknown agrees."""
+    told = {name: value for name, value in before.items() if value is not None or name != "num_classes"}
+    if isinstance(told.get("data"), str):
+        told["data"] = told["data"].rpartition(": ")[2]  # the path stood before it
+    defaults = {name: field.default for name, field in TrainOptions.__dataclass_fields__.items() if name in run}
+    unknown = {name: run[name] for name in ("num_classes", FINGERPRINT, "data")}
+    return {**defaults, **unknown, **told}
+
+
+def _about_the_decay(before: dict[str, Any], run: dict[str, Any], differing: list[str]) -> str:
+    """The linear decay of the alignment ends at --steps unless told, so more steps would stretch it."""
+    if differing != ["align_schedule_steps"] or run["align_schedule"] != "linear":
+        return ""
+    kept = before["align_schedule_steps"]
+    return f"; --align-schedule-steps {kept} ends the decay where it was to end, more --steps stretch it"

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
+from .scalars import Scalars
 
 
 class RunDirectory:
@@ -30,7 +31,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self._metrics: IO[str] | None = None
-        self._scalars: Any = None
+        self._scalars: Scalars | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
@@ -68,13 +69,7 @@ class RunDirectory:
             temporary.rename(path)
             self._metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._scalars = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
-
-    @property
-    def has_tensorboard(self) -> bool:
-        return self._scalars is not None
+            self._scalars = Scalars(self.path / "tensorboard", last_step + 1)
 
     def log(self, record: dict[str, float]) -> None:
         """One line of metrics.jsonl and one scalar a number."""
@@ -82,17 +77,12 @@ class RunDirectory:
         with self._disk_errors("metrics.jsonl"):
             self._metrics.write(json.dumps(record) + "\n")
         if self._scalars is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._scalars.add_scalar(name, value, int(record["step"]))
+            self._scalars.log(record)
 
     def close(self) -> None:
         if self._metrics is not None:
             with contextlib.suppress(OSError):
                 self._metrics.close()
-        if self._scalars is not None:
-            with contextlib.suppress(OSError):
-                self._scalars.close()
         if self._is_new and [entry.name for entry in self.path.iterdir()] == [".lock"]:  # the run never began
             (self.path / ".lock").unlink()
             self.path.rmdir()

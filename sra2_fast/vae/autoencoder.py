@@ -6,6 +6,8 @@ diffusers is imported only here, and only when an autoencoder is asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -51,10 +53,11 @@ class VaeNormalisation:
         return scale if self.latents_std is None else scale / np.asarray(self.latents_std, dtype=np.float32)
 
 
-def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module:
+def load_vae(name_or_path: str, device: str | torch.device = "cpu", *, download: bool = True) -> nn.Module:
     """diffusers' AutoencoderKL of a local folder or a hub name, frozen, float32, in eval mode, on `device`.
 
     A whole pipeline (with its autoencoder in the subfolder `vae`) is accepted too.
+    download: ask the hub for what is not on this machine (minutes, where there is no network).
     Raises InputError: diffusers missing, nothing there, or the hub out of reach.
     """
     try:
@@ -70,9 +73,9 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module
         subfolders = ["vae" if (path / "vae" / "config.json").is_file() else None]
     try:
         with _quiet("diffusers"), _quiet("huggingface_hub"):
-            vae, loading = _from_pretrained(AutoencoderKL, name_or_path, subfolders)
+            vae, loading = _from_pretrained(AutoencoderKL, name_or_path, subfolders, download)
     except LOAD_ERRORS as error:
-        raise InputError(_why_not(name_or_path, error)) from error
+        raise InputError(_why_not(name_or_path, error, download)) from error
     if loading["missing_keys"]:  # diffusers would go on with random ones
         missing = loading["missing_keys"]
         raise InputError(
@@ -93,6 +96,15 @@ def normalisation(vae: Any) -> VaeNormalisation:
         latents_std=None if std is None else [float(value) for value in np.ravel(std)],
         channels=int(config["latent_channels"]),
     )
+
+
+def fingerprint(vae: Any) -> str:
+    """SHA-256, in hexadecimal, of the weights as they were loaded and of the normalisation; 1 s for a gigabyte."""
+    total = hashlib.sha256(repr(normalisation(vae)).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def downsample_factor(vae: Any) -> int:
@@ -123,15 +135,18 @@ def decode(vae: Any, values: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
-def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None]) -> Any:
+def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None], download: bool) -> Any:
     """(autoencoder, loading report) from the first of `subfolders` that holds one; an unreachable hub is asked once."""
+    load = functools.partial(
+        autoencoder.from_pretrained, name_or_path, output_loading_info=True, local_files_only=not download
+    )
     for subfolder in subfolders[:-1]:
         try:
-            return autoencoder.from_pretrained(name_or_path, subfolder=subfolder, output_loading_info=True)
+            return load(subfolder=subfolder)
         except LOAD_ERRORS as error:
-            if _is_out_of_reach(error) or "config.json" not in str(error):
+            if "config.json" not in str(error) or (download and _is_out_of_reach(error)):
                 raise
-    return autoencoder.from_pretrained(name_or_path, subfolder=subfolders[-1], output_loading_info=True)
+    return load(subfolder=subfolders[-1])
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:
@@ -143,9 +158,11 @@ def _is_out_of_reach(error: BaseException | None) -> bool:
     return False
 
 
-def _why_not(name_or_path: str, error: Exception) -> str:
+def _why_not(name_or_path: str, error: Exception, download: bool) -> str:
     if Path(name_or_path).exists():
         return f"vae: {name_or_path} holds no AutoencoderKL that can be loaded ({_first_line(error)})"
+    if _is_out_of_reach(error) and not download:
+        return f"vae: {name_or_path} is not on this machine; --vae {name_or_path} downloads it"
     if _is_out_of_reach(error):
         return (
             f"vae: {name_or_path} is no local folder, and the Hugging Face hub cannot be reached; "

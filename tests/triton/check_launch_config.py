@@ -35,8 +35,9 @@ def test_tiles_are_blocks_the_compiler_takes(kernels, dtype: torch.dtype) -> Non
         for D in (1, 4, 72, 384, 1000, 1152, 4608, 8191, 8192):
             config = kernels.launch_config(rows, D, dtype)
             for tiles in (config.forward, config.backward):
-                sizes = [value for value in tiles.constexprs().values() if value]
-                assert all(is_power_of_two(size) for size in sizes)
+                constexprs = tiles.constexprs()
+                sizes = [*constexprs.pop("WIDTHS"), *constexprs.pop("LANES"), *constexprs.values()]
+                assert len(sizes) >= 4 and all(is_power_of_two(size) for size in sizes)
                 assert tiles.main % tiles.lanes == 0 and tiles.num_warps <= 32
 
 

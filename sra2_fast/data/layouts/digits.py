@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import InputError
-from ..source import DecodeInfo, LatentSource
+from ..source import DecodeInfo, LatentSource, digest
 
 WHITE = 16.0
 
@@ -38,6 +38,10 @@ class DigitsSource(LatentSource):
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) -> grey levels (n, 1, 8, 8) float32 from 0 to 16, labels (n,) int64."""
         return self._values[indices], self._labels[indices]
+
+    def fingerprint(self) -> str:
+        """Of all values and labels."""
+        return digest(self.outline(), self._values, self._labels)
 
     def decode_info(self) -> DecodeInfo:
         """Grey levels are the image itself."""

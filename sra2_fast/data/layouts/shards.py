@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..files import write_whole
-from ..source import LatentSource
+from ..source import LatentSource, digest
 
 INDEX_FILE = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"
@@ -43,6 +43,7 @@ class Shard:
     bytes: int
     checksum: str
     unreadable: list[str] = field(default_factory=list)  # images of its share that were left out
+    record: dict[str, Any] = field(default_factory=dict)  # what its maker asks for later; in the shard only
 
 
 def shard_name(number: int, count: int) -> str:
@@ -59,20 +60,27 @@ def checksum(moments: np.ndarray, labels: np.ndarray) -> str:
 
 
 def write_shard(
-    folder: Path, name: str, moments: np.ndarray, labels: np.ndarray, key: str, unreadable: Iterable[str] = ()
+    folder: Path,
+    name: str,
+    moments: np.ndarray,
+    labels: np.ndarray,
+    key: str,
+    unreadable: Iterable[str] = (),
+    record: dict[str, Any] | None = None,
 ) -> Shard:
     """Write one shard, whole or not at all.
 
     moments: (n, 2C, H, W) float32. labels: (n,) int64.
     key: says what the shard was made from; `finished_shard` asks for the same again.
+    record: JSON that `finished_shard` gives back.
     """
     moments, labels = np.ascontiguousarray(moments, np.float32), np.ascontiguousarray(labels, np.int64)
-    unreadable = list(unreadable)
-    digest = checksum(moments, labels)
-    metadata = {"key": key, "checksum": digest, "unreadable": json.dumps(unreadable)}
+    unreadable, record = list(unreadable), record or {}
+    check = checksum(moments, labels)
+    metadata = {"key": key, "checksum": check, "unreadable": json.dumps(unreadable), "record": json.dumps(record)}
     header, payload = _serialise({"moments": moments, "labels": labels}, metadata)
     write_whole(folder / name, header, payload)
-    return Shard(name, len(labels), len(header) + len(payload), digest, unreadable)
+    return Shard(name, len(labels), len(header) + len(payload), check, unreadable, record)
 
 
 def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
@@ -89,17 +97,24 @@ def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> tupl
 
 def finished_shard(folder: Path, name: str, key: str) -> Shard | None:
     """The shard `name` if it is there, was made from `key` and is undamaged; None otherwise."""
+    found = read_shard(folder, name, key)
+    return found and found[0]
+
+
+def read_shard(folder: Path, name: str, key: str) -> tuple[Shard, np.ndarray, np.ndarray] | None:
+    """The same with its moments and labels, mapped."""
     path = folder / name
     if not path.is_file():
         return None
     try:
         opened = _ShardFile(path)
-    except InputError:
+        found, moments, labels = opened.metadata, opened.moments(), opened.labels()
+        if found["key"] != key or found["checksum"] != checksum(moments, labels):
+            return None
+        unreadable, record = json.loads(found["unreadable"]), json.loads(found.get("record", "{}"))
+    except (InputError, KeyError, ValueError):
         return None
-    found = opened.metadata
-    if found.get("key") != key or found.get("checksum") != checksum(opened.moments(), opened.labels()):
-        return None
-    return Shard(name, opened.samples, opened.bytes, found["checksum"], json.loads(found["unreadable"]))
+    return Shard(name, opened.samples, opened.bytes, found["checksum"], unreadable, record), moments, labels
 
 
 def write_index(folder: Path, shards: list[Shard], **about: Any) -> None:
@@ -108,7 +123,7 @@ def write_index(folder: Path, shards: list[Shard], **about: Any) -> None:
     about: shape (C, H, W), num_classes, class_names, shift, scale, vae, and anything worth recording.
     """
     index = {"format": FORMAT, "version": VERSION, "num_samples": sum(shard.samples for shard in shards), **about}
-    index["shards"] = [asdict(shard) for shard in shards]
+    index["shards"] = [{key: value for key, value in vars(shard).items() if key != "record"} for shard in shards]
     write_whole(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
 
 
@@ -126,13 +141,14 @@ class ShardSource(LatentSource):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = str(folder)
-        index = _read_index(folder)
+        index = read_index(folder)
         try:
             channels, height, width = index["shape"]
             self.shape = (int(channels), int(height), int(width))
             self.num_classes = int(index["num_classes"])
             self.class_names = index["class_names"]
-            self.vae = (index["vae"] or {}).get("name")
+            vae = index["vae"] or {}
+            self.vae, self.vae_fingerprint = vae.get("name"), vae.get("fingerprint")
             self.shift = np.asarray(index["shift"], dtype=np.float32)
             self.scale = np.asarray(index["scale"], dtype=np.float32)
             self.shards = [Shard(**shard) for shard in index["shards"]]
@@ -163,6 +179,10 @@ class ShardSource(LatentSource):
     def describe(self, index: int) -> str:
         number = self._shard_of(index)
         return f"{self.folder / self.shards[number].file}, sample {index - self._starts[number]}"
+
+    def fingerprint(self) -> str:
+        """Of the index alone: every shard's checksum and the normalisation; only labels and moments decide it."""
+        return digest(self.outline(), *(f"{shard.samples} {shard.checksum}" for shard in self.shards))
 
     def will_need(self, indices: np.ndarray) -> None:
         """Ask the system to read the blocks of these samples ahead, each in one run."""
@@ -266,7 +286,8 @@ class _ShardFile:
         return np.memmap(self.path, dtype=dtype, mode="r", offset=payload + first, shape=shape)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of index.json. Raises InputError where there is none or it is of another kind."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise InputError(f"data: {folder} has no {INDEX_FILE}, so it is not finished; {AGAIN}")

@@ -3,8 +3,9 @@
     vae-sd/dataset.json                                {"labels": [["00000/img-mean-std-00000000.npy", 207], ...]}
     vae-sd/00000/img-mean-std-00000000.npy             (2C, H, W) or (1, 2C, H, W) float32 = [mean, std], not scaled
 
-The folder itself and its parent (which holds images/ beside it) are both accepted. These are latents of Stable
-Diffusion's VAE: z = (mean + std * eps) * 0.18215.
+The folder itself and its parent (which holds images/ beside it) are both accepted. "labels": null, which REPA's own
+tools write for pictures without classes, is one class. The layout records no normalisation: with four channels it is
+taken to be Stable Diffusion's, z = (mean + std * eps) * 0.18215, any other number of channels has to be told.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..source import LatentSource
+from ..normalisation import Numbers, per_channel
+from ..source import LatentSource, digest
 
-SD_SCALING_FACTOR = 0.18215
+SD_SCALING_FACTOR, SD_CHANNELS = 0.18215, 4
 FOLDER = "vae-sd"
 LABELS_FILE = "dataset.json"
 PREFIX, SUFFIX = "img-mean-std-", ".npy"
@@ -35,13 +37,25 @@ class VaeSdSource(LatentSource):
 
     has_posterior = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        latent_scale: Numbers | None = None,
+        latent_shift: Numbers | None = None,
+        ignore_labels: bool = False,
+    ) -> None:
+        """z = (value - latent_shift) * latent_scale; ignore_labels: dataset.json is not even read."""
         self.folder = path / FOLDER if (path / FOLDER).is_dir() else path
         self.name = str(self.folder)
         found = _sample_files(self.folder)
         if not found:
             raise InputError(f"data: {self.folder} holds no {PREFIX}*{SUFFIX}; give the vae-sd folder or its parent")
-        labels = _read_labels(self.folder / LABELS_FILE)
+        self.notes = []
+        labels = None if ignore_labels else _read_labels(self.folder / LABELS_FILE)
+        if labels is None:
+            if not ignore_labels:
+                self.notes.append(f"{self.folder / LABELS_FILE} has no labels: all samples are of one class, label 0")
+            labels = dict.fromkeys(found, 0)
         self._files = sorted(labels)
         _check_complete(self.folder, found, labels)
         self._labels = np.array([labels[file] for file in self._files], dtype=np.int64)
@@ -51,8 +65,9 @@ class VaeSdSource(LatentSource):
         if channels % 2:
             raise InputError(f"data: {self.describe(0)} must hold [mean, std], got {channels} channels")
         self.shape = (channels // 2, height, width)
-        self.shift = np.zeros(channels // 2, dtype=np.float32)
-        self.scale = np.full(channels // 2, SD_SCALING_FACTOR, dtype=np.float32)
+        scale = self._assumed_scale(channels // 2) if latent_scale is None else latent_scale
+        self.scale = per_channel("--latent-scale", scale, channels // 2)
+        self.shift = per_channel("--latent-shift", 0.0 if latent_shift is None else latent_shift, channels // 2)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64."""
@@ -67,6 +82,23 @@ class VaeSdSource(LatentSource):
 
     def describe(self, index: int) -> str:
         return str(self.folder / self._files[index])
+
+    def fingerprint(self) -> str:
+        """Of all file names and labels, and of the values of a sample of the files."""
+        return digest(super().fingerprint(), "\n".join(self._files), self._labels)
+
+    def _assumed_scale(self, channels: int) -> float:
+        if channels != SD_CHANNELS:
+            raise InputError(
+                f"data: {self.name} holds latents of {channels} channels and no normalisation; give --latent-scale "
+                f"(and --latent-shift): z = (value - shift) * scale, one number or {channels}"
+            )
+        self.notes = [
+            *self.notes,
+            f"{self.name} records no normalisation: taken to be Stable Diffusion's, z = value * {SD_SCALING_FACTOR}; "
+            "for latents of another autoencoder give --latent-scale and --latent-shift",
+        ]
+        return SD_SCALING_FACTOR
 
     def _load(self, index: int) -> np.ndarray:
         try:
@@ -92,16 +124,25 @@ def _sample_files(folder: Path) -> set[str]:
     return found
 
 
-def _read_labels(path: Path) -> dict[str, int]:
-    """File name -> label. Raises InputError for anything but a list of [name, label >= 0]."""
+def _read_labels(path: Path) -> dict[str, int] | None:
+    """File name -> label; None for "labels": null.
+
+    Raises InputError for anything but null or a list of [name, label >= 0].
+    """
     if not path.is_file():
-        raise InputError(f"data: {path} is missing; it holds the labels of the samples beside it")
+        raise InputError(
+            f"data: {path} is missing; it holds the labels of the samples beside it (--ignore-labels does without)"
+        )
     try:
         entries = json.loads(path.read_bytes())["labels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"data: {path} cannot be read ({error!r}); write it again") from error
+    if entries is None:
+        return None
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"data: {path} holds no labels; training needs a class for every sample")
+        raise InputError(
+            f"data: {path}: labels must be null or a list of [file, label]; --ignore-labels does without them"
+        )
     labels: dict[str, int] = {}
     for entry in entries:
         name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, -1)
