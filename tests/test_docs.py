@@ -29,7 +29,7 @@ from sra2_fast.train.options import fixed_on_resume
 PAGES = sorted(["README.md", "CONTRIBUTING.md", *tracked("docs/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 QUOTED = re.compile(r"`([^`\n]+)`")
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 COMMAND = re.compile(r"(sra2-fast [a-z-]+|python benchmarks/\w+\.py|pytest benchmarks/)([^|&;]*)")
 TOPS = {name.split("/")[0] for name in tracked()}
