@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib
+import io
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from sra2_fast.checkpoints import training as checkpoints
 from sra2_fast.data.layouts import shards
 from sra2_fast.train import TrainOptions, train
 from sra2_fast.train.options import fixed_on_resume
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 PAGES = sorted(["README.md", "CONTRIBUTING.md", *tracked("docs/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -249,8 +252,10 @@ def options_of(program: str) -> set[str]:
         return {name for action in parser._actions for name in action.option_strings}
     if program.startswith("pytest "):
         return set(re.findall(r'addoption\("(--[a-z-]+)"', text_of("benchmarks/conftest.py")))
-    command = [sys.executable, program.removeprefix("python "), "--help"]
-    return set(OPTION.findall(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        importlib.import_module(Path(program).stem).main(["--help"])
+    return set(OPTION.findall(printed.getvalue()))
 
 
 def test_every_option_that_is_named_exists() -> None:
