@@ -149,14 +149,8 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
     assert kept == ["step-00000008", "step-00000010"]
     assert any((tmp_path / "tensorboard").iterdir())
     latents = load_checkpoint(final(tmp_path, 10)).state["latents"]
-    assert latents == {
-        "kind": "grayscale",
-        "shift": [8.0],
-        "scale": [0.125],
-        "white": 16.0,
-        "vae": None,
-        "vae_fingerprint": None,
-    }
+    numbers = {"shift": [8.0], "scale": [0.125], "white": 16.0}
+    assert latents == {"kind": "grayscale", **numbers, "vae": None, "vae_fingerprint": None}
 
 
 def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:
@@ -255,10 +249,7 @@ def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(
 
     def full_later(folder: Path, step: int, **parts: Any) -> Path:
         if step > 10:
-            monkeypatch.setattr(
-                "sra2_fast.checkpoints.training._fsync",
-                lambda path: (_ for _ in ()).throw(OSError(28, "No space left")),
-            )
+            monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
         return real(folder, step, **parts)
 
     monkeypatch.setattr(loop, "save_checkpoint", full_later)
@@ -266,3 +257,29 @@ def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(
         train(tiny(tmp_path, checkpoint_every=10))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
     assert load_checkpoint(final(tmp_path, 10)).step == 10
+
+
+def test_a_compiled_run_is_the_run_within_roundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--compile` is the default on a GPU: teacher and student compiled, saved and resumed by their plain names.
+
+    Traced and differentiated ahead of time; what inductor makes of the model is in test_model_implementations.py.
+    """
+    used: list[str] = []
+    compile_with = torch.compile
+
+    def compile_quickly(model: torch.nn.Module) -> Any:
+        used.append(type(model).__name__)
+        return compile_with(model, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    small = {"model": "16,2,2,4", "target": "teacher", "log_every": 2}
+    train(tiny(tmp_path / "plain", steps=4, **small))
+    train(tiny(tmp_path / "compiled", steps=2, compile=True, **small))
+    train(tiny(tmp_path / "compiled", steps=4, compile=True, **small))
+    assert used == ["SiT"] * 4
+    plain, compiled = (load_checkpoint(final(tmp_path / name, 4)) for name in ("plain", "compiled"))
+    assert plain.model.keys() == compiled.model.keys() and plain.optimizer.keys() == compiled.optimizer.keys()
+    for name, value in plain.model.items():
+        torch.testing.assert_close(compiled.model[name], value, rtol=1e-3, atol=1e-5)
+    for a, b in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
+        assert a["velocity"] == pytest.approx(b["velocity"], rel=1e-5)

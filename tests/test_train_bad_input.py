@@ -195,7 +195,7 @@ def test_lines_of_metrics_that_are_no_records_are_dropped(finished: Path) -> Non
 def test_a_full_disk_for_metrics_is_named(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.open_metrics(0)
-    directory._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the device whose writes fail
+    directory.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the device whose writes fail
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(No space left on device\); free some"):
         directory.log({"step": 1, "loss": 1.0})
     directory.close()

@@ -23,15 +23,15 @@ CASES = [
     case
     for size in SIZES
     for types in ("autocast", "bfloat16")
-    for case in aot_table._row_cases(size, types)
+    for case in aot_table.row_cases(size, types)
     if types == "autocast" or size == "SiT-XL"
 ]
 CASES += [
-    aot_table._loss_case("SiT-XL", "bfloat16"),
-    aot_table._loss_case("SiT-XL", "float32", align="smooth_l1"),
-    aot_table._loss_case("SiT-XL", "bfloat16", channels=3),
-    aot_table._loss_case("SiT-XL", "bfloat16", patch=8),
-    *aot_table._optimizer_cases(),
+    aot_table.loss_case("SiT-XL", "bfloat16"),
+    aot_table.loss_case("SiT-XL", "float32", align="smooth_l1"),
+    aot_table.loss_case("SiT-XL", "bfloat16", channels=3),
+    aot_table.loss_case("SiT-XL", "bfloat16", patch=8),
+    *aot_table.optimizer_cases(),
 ]
 
 
