@@ -4,7 +4,7 @@ OUT/config.json                  every option, what it became, versions, the mac
 OUT/metrics.jsonl                one object a log point; a resumed run goes on where its checkpoint stood
 OUT/tensorboard/                 the same numbers as scalars, where tensorboard is installed
 OUT/samples/step-00000040.png
-OUT/checkpoints/step-00000040/   see sra2_fast/checkpoint.py
+OUT/checkpoints/step-00000040/   see sra2_fast/checkpoints/training.py
 """
 
 from __future__ import annotations
