@@ -24,6 +24,8 @@ from sra2_fast.train import build, loop
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
