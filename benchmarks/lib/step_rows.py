@@ -23,6 +23,7 @@ from sra2_fast.errors import InputError, must_be
 from sra2_fast.models import model_sizes
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.allocator import keep_freed_memory
+from sra2_fast.train.build import compile_blocks
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import TrainStep
 
@@ -201,7 +202,11 @@ class StepRow:
         )
 
     def _compiled(self, network: Any) -> Any:
-        return torch.compile(network) if self.setting.is_compiled and network is not None else network
+        """As training has it, block by block; what is public is compiled as a whole, the strongest rival."""
+        if not self.setting.is_compiled or network is None:
+            return network
+        is_ours = isinstance(network, SiT) and self.setting.implementation == "fused"
+        return compile_blocks(network) if is_ours else torch.compile(network)
 
     def _optimizer(self) -> AdamWEMA | PublicOptimizer:
         if self.setting.implementation == "eager":
