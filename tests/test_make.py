@@ -51,7 +51,7 @@ def make_demo(tmp_path: Path):
 
 def test_a_second_demo_shows_what_is_there_and_says_what_to_delete(make_demo, tmp_path: Path) -> None:
     printed, ran = make_demo()
-    assert ran == ["trained", "benchmarks/step_time.py --batch-size 2"] and "the table" in printed
+    assert ran == ["trained", "benchmarks/step_time.py --batch-size 2 --steps 4"] and "the table" in printed
     printed, ran = make_demo()
     assert ran == [] and "the table" in printed
     runs = tmp_path / "runs"
@@ -63,7 +63,7 @@ def test_a_second_demo_shows_what_is_there_and_says_what_to_delete(make_demo, tm
 def test_what_is_deleted_is_made_again_and_nothing_else(make_demo, tmp_path: Path) -> None:
     make_demo()
     (tmp_path / "runs" / "step_time.txt").unlink()
-    assert make_demo()[1] == ["benchmarks/step_time.py --batch-size 2"]
+    assert make_demo()[1] == ["benchmarks/step_time.py --batch-size 2 --steps 4"]
     shutil.rmtree(tmp_path / "runs" / "digits")
     assert make_demo()[1] == ["trained"]
 
