@@ -276,6 +276,17 @@ def test_every_option_that_is_named_exists() -> None:
                 assert set(OPTION.findall(word)) <= anywhere, f"{page}: no command has {word}"
 
 
+def test_every_target_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.M))
+    named = {
+        target
+        for page in PAGES
+        for text in blocks(page, "sh") + quoted(page)
+        for target in re.findall(r"^make ([a-z-]+)", text, re.M)
+    }
+    assert {"check", "test", "demo"} <= named <= targets
+
+
 PLANTED = ("`sra2-fast train --wrong 1`", "```sh\npython benchmarks/plot.py --wrong\n```\n", "`--wrong`")
 
 
