@@ -24,6 +24,8 @@ import step_time
 from lib import counting, doing
 from lib.step_rows import StepRow
 
+pytestmark = pytest.mark.training
+
 TINY = ["--model", "32,2,2,8", "--batch-size", "2", "--device", "cpu"]
 BASELINE = [*TINY, "--implementation", "eager", "--precision", "fp32", "--rows", "baseline"]
 

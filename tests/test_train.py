@@ -25,6 +25,8 @@ from sra2_fast.train.grid import HEADER
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
