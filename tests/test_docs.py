@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: what they name exists, what they list is the code's, and their examples run."""
+"""README.md, CONTRIBUTING.md, docs/: what they name exists, what they list is the code's, their examples compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,49 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from pages import FENCED, PAGES, QUOTED, blocks, quoted, rows_of, text_of
 from repository import ROOT
-from runs import records, tiny
 from test_structure import ANYONE, IMPORTS, tracked
 
-from sra2_fast import cli, sample_ode
+from sra2_fast import cli
 from sra2_fast.checkpoints import training as checkpoints
 from sra2_fast.data.layouts import shards
-from sra2_fast.train import TrainOptions, train
+from sra2_fast.train import TrainOptions
 from sra2_fast.train.options import fixed_on_resume
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-PAGES = sorted(["README.md", "CONTRIBUTING.md", *tracked("docs/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-QUOTED = re.compile(r"`([^`\n]+)`")
-FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 COMMAND = re.compile(r"(sra2-fast [a-z-]+|python benchmarks/\w+\.py|pytest benchmarks/)([^|&;]*)")
 TOPS = {name.split("/")[0] for name in tracked()}
 WRITTEN_BY_RUNS = ("runs/", "build/", "step-", "checkpoints/step-")
 OTHERS_OPTIONS = {"--mixed-precision", "--version", "--help"}  # accelerate's, and those of every command
-
-
-def text_of(page: str) -> str:
-    return (ROOT / page).read_text()
-
-
-def quoted(page: str) -> list[str]:
-    """What stands in single backticks outside of blocks."""
-    return QUOTED.findall(FENCED.sub("", text_of(page)))
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return [body for kind, body in FENCED.findall(text_of(page)) if kind == language]
-
-
-def rows_of(page: str, heading: str) -> list[list[str]]:
-    """The cells of the table rows under a heading, its head left out."""
-    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text_of(page), re.S | re.M)
-    assert section, f"{page} has no heading {heading!r}"
-    lines = [line for line in section[1].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
@@ -138,71 +112,6 @@ def test_examples_compile_and_their_imports_work(body: str) -> None:
     exec(compile(tree, "imports", "exec"), {})
 
 
-def example(page: str, containing: str) -> str:
-    (found,) = [body for body in blocks(page, "python") if containing in body]
-    return found
-
-
-def test_after_training_runs_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guide's twenty lines, as they stand: ten pictures of a run that has just been trained."""
-    train(tiny(tmp_path / "runs" / "digits", steps=2, log_every=1))
-    monkeypatch.chdir(tmp_path)
-    body = example("docs/guide.md", "load_checkpoint(").replace("steps=50", "steps=2")
-    assert "steps=2" in body
-    names: dict[str, Any] = {}
-    exec(compile(body, "docs/guide.md", "exec"), names)
-    pictures = sorted(path.name for path in (tmp_path / "runs" / "digits").glob("*.png"))
-    assert pictures == [f"class-{label}.png" for label in range(10)]
-    assert torch.equal(names["model"].state_dict()["pos_embed"].cpu(), names["checkpoint"].ema["pos_embed"])
-    for name, weight in names["model"].named_parameters():
-        assert torch.equal(weight.cpu(), names["checkpoint"].ema[name])
-
-
-def test_a_loop_of_ones_own_runs_and_warms_up_the_average() -> None:
-    names: dict[str, Any] = {}
-    for part in ("opt.step()", "take_step = TrainStep"):
-        body, count = re.subn(r"num_steps=\d+", "num_steps=2", example("docs/guide.md", part))
-        body = body.replace('log_every = torch.device("cpu"), 50', 'log_every = torch.device("cpu"), 2')
-        assert count == 1
-        exec(compile(body, "docs/guide.md", "exec"), names)
-        (group,) = names["opt"].param_groups
-        assert group["ema_decay"] == pytest.approx(3 / 12) and group["lr"] == pytest.approx(1e-3 * 2 / 50)
-    assert names["take_step"].step == 2 and len(names["rows"]) == 2
-
-
-def test_public_checkpoints_are_sampled_with_time_turned_around() -> None:
-    """A velocity as the public SiT has it, of a data set of one latent, leads to that latent."""
-    latent = torch.randn(1, 4, 2, 2)
-
-    class Public(torch.nn.Module):
-        num_classes = 10
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (latent - x) / (1 - t)[:, None, None, None]
-
-    noise = torch.randn(3, 4, 2, 2)
-    names: dict[str, Any] = {"model": Public(), "noise": noise, "labels": torch.arange(3), "sample_ode": sample_ode}
-    exec(compile(example("docs/guide.md", "1 - t"), "docs/guide.md", "exec"), names)
-    torch.testing.assert_close(names["latents"], latent.expand(3, -1, -1, -1), atol=1e-5, rtol=0)
-    forgotten = sample_ode(lambda x, t, y: Public()(x, 0.99 * t, y), noise, torch.arange(3))
-    assert (forgotten - latent).abs().max() > 0.1
-
-
-def test_the_latents_std_of_the_guide_to_divergence() -> None:
-    names: dict[str, Any] = {}
-    exec(compile(example("docs/diverges.md", "z.std()"), "docs/diverges.md", "exec"), names)
-    assert names["z"].shape == (256, 1, 8, 8) and 0.5 < names["z"].std() < 1
-
-
-def test_metrics_are_described_key_by_key(tmp_path: Path) -> None:
-    train(tiny(tmp_path, steps=1, log_every=1))
-    (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    described = [row[0].strip("`") for row in rows_of("docs/guide.md", "metrics.jsonl")]
-    assert described == list(record)
-    (without_rate,) = records(tmp_path)
-    assert without_rate["loss"] == pytest.approx(record["velocity"] + record["align_weight"] * record["align"])
-
-
 def test_what_may_change_on_resume_is_the_codes_list() -> None:
     told = {name for row in rows_of("docs/guide.md", "Going on") for name in QUOTED.findall(row[0])}
     names = TrainOptions.__dataclass_fields__
@@ -276,12 +185,23 @@ def test_every_option_that_is_named_exists() -> None:
                 assert set(OPTION.findall(word)) <= anywhere, f"{page}: no command has {word}"
 
 
+def test_every_target_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.M))
+    named = {
+        target
+        for page in PAGES
+        for text in blocks(page, "sh") + quoted(page)
+        for target in re.findall(r"^make ([a-z-]+)", text, re.M)
+    }
+    assert {"check", "test", "demo"} <= named <= targets
+
+
 PLANTED = ("`sra2-fast train --wrong 1`", "```sh\npython benchmarks/plot.py --wrong\n```\n", "`--wrong`")
 
 
 @pytest.mark.parametrize("wrong", PLANTED)
 def test_the_check_of_options_can_fail(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setitem(globals(), "PAGES", ["planted.md"])
-    monkeypatch.setitem(globals(), "text_of", lambda page: wrong + "`sra2-fast info --json`" * 11)
+    monkeypatch.setattr("pages.text_of", lambda page: wrong + "`sra2-fast info --json`" * 11)
     with pytest.raises(AssertionError, match=r"planted\.md: .*--wrong"):
         test_every_option_that_is_named_exists()
