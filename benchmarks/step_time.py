@@ -52,13 +52,13 @@ def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
     return setting, list(dict.fromkeys(rows)), args.steps
 
 
-def check_can_append(path: str) -> None:
+def check_can_append(path: str, op: str = "step_time") -> None:
     """Raises InputError for a file that cannot be written, before minutes of measuring are lost to it."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
     except OSError as error:
-        raise InputError(f"step_time: --json {path} cannot be written ({error.strerror}); name another file") from error
+        raise InputError(f"{op}: --json {path} cannot be written ({error.strerror}); name another file") from error
 
 
 def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, object]]:
