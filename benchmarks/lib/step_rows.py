@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sra2_fast import SiT, SRA2Loss, backends, recipe
 from sra2_fast.data import Batch
@@ -344,10 +345,10 @@ def ways_to_be_faster(setting: Setting) -> str:
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """N(0, 0.02) into every trained parameter that is all zeros (adaLN, output layer, biases)."""
+    """N(0, 0.02) into every trained parameter that is all zeros (adaLN, output layer, biases); fake ones are left."""
     with torch.no_grad():
         for param in model.parameters():
-            if param.requires_grad and not bool(param.any()):
+            if param.requires_grad and not isinstance(param, FakeTensor) and not bool(param.any()):
                 param.normal_(std=0.02)
 
 

@@ -148,6 +148,8 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
 
 def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
+    if not emas:
+        return  # the flag would be read for nothing
     weight: Tensor | float = (1.0 - ema_decay) * is_finite
     if is_finite.device.type in _READ_THE_FLAG_ON:
         weight = float(weight)  # a tensor weight is broadcast element by element there
