@@ -17,7 +17,7 @@ from lib.timing import Timing, interleave
 from sra2_fast.backends import device_name, is_bf16_fast
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
-EMULATED_SIZE = 512  # in bf16 without bf16 units, where 2048 can take minutes
+EMULATED_SIZE = 512  # in bf16 on a CPU without bf16 units, where 2048 can take minutes
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 CUDA_COPY_SHARE = 8  # never take more than an eighth of the free memory for one of the two buffers
 
@@ -40,7 +40,7 @@ def product_flop_per_s(
 
 def product_size(device: torch.device, dtype: torch.dtype) -> int:
     """The side of the square matrices that are multiplied."""
-    is_emulated = dtype == torch.bfloat16 and not is_bf16_fast(device)
+    is_emulated = device.type == "cpu" and dtype == torch.bfloat16 and not is_bf16_fast(device)
     return EMULATED_SIZE if is_emulated else PRODUCT_SIZE[device.type]
 
 

@@ -2,6 +2,7 @@
 
 python benchmarks/plot.py step_time benchmarks/results/step_time.jsonl step_time.png
 python benchmarks/plot.py ops benchmarks/results/ops.jsonl ops.png
+python benchmarks/plot.py step_budget benchmarks/results/step_budget.jsonl step_budget.png
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sra2_fast.errors import InputError, must_be
 COLOURS = {"eager": "#9aa5b1", "compile": "#5b8db8", "fused": "#c8553d", "copy": "#3f7d58"}
 OTHER_COLOUR = "#8a6fa8"
 SUFFIXES = (".png", ".svg", ".pdf")
+BESIDE = "launches, or between operators"
 Record = dict[str, Any]
 
 
@@ -117,6 +119,39 @@ def plot_ops(source: str | Path, target: str | Path) -> None:
     _save(figure, target)
 
 
+def plot_step_budget(source: str | Path, target: str | Path) -> None:
+    """Two stacked bars a step: its parts' floors, and their predicted or measured times with what lies beside them.
+
+    Raises InputError for a file that cannot be read or written.
+    """
+    records = read_records(source, ("parts", "beside_ms", "is_measured", "mfu"))
+    records = newest_of_each(records, ("model", "batch_size", "precision", "row", "device", "is_measured"))
+    names = list(dict.fromkeys(part for one in records for part in one["parts"]))
+    figure, axes = _axes(len(records), height=3.4)
+    from matplotlib import colormaps
+
+    colours = dict(zip([*names, BESIDE], colormaps["tab20"].colors * 2, strict=False))
+    for axis, one in zip(axes, records, strict=True):
+        what = "measured" if one["is_measured"] else "predicted"
+        beside = max(0.0, one["beside_ms"])  # a profiled step may be slower than the step
+        for place, key in enumerate(("floor_ms", "ms")):
+            left = 0.0
+            for name in [*one["parts"], *([BESIDE] if key == "ms" else [])]:
+                width = beside if name == BESIDE else one["parts"][name][key]
+                axis.barh(place, width, left=left, color=colours[name], label=name if key == "ms" else None)
+                left += width
+            axis.text(left, place, f" {left:.4g} ms", va="center", fontsize=8)
+        axis.set_yticks([0, 1], ["floor", what])
+        axis.set_xlim(0, 1.15 * left)
+        axis.set_title(
+            f"{one['row']}, {one['model']}, batch {one['batch_size']}, {one['precision']}, {one['device']}: "
+            f"MFU {100 * one['mfu']:.1f} %, {what}",
+            fontsize=9,
+        )
+        axis.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    _save(figure, target)
+
+
 def _import_pyplot(op: str) -> Any:
     try:
         import matplotlib
@@ -144,7 +179,7 @@ def _save(figure: Any, target: str | Path) -> None:
         _import_pyplot("plot").close(figure)
 
 
-PLOTS = {"step_time": plot_step_time, "ops": plot_ops}
+PLOTS = {"step_time": plot_step_time, "ops": plot_ops, "step_budget": plot_step_budget}
 
 
 def main(argv: list[str] | None = None) -> int:

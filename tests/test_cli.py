@@ -11,6 +11,8 @@ import pytest
 from sra2_fast import __version__
 from sra2_fast.cli import COMMANDS, main
 
+pytestmark = pytest.mark.training
+
 TINY_RUN = [
     "train",
     "--model",

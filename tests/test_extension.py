@@ -17,6 +17,8 @@ from repository import ROOT
 
 from sra2_fast import backends, cli
 
+pytestmark = pytest.mark.slow
+
 COMPILER = shutil.which("c++")
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

@@ -6,12 +6,13 @@ import inspect
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra2_fast import backends, ops
 from sra2_fast.errors import InputError
 from sra2_fast.models import SiT
 from sra2_fast.ops import adamw_ema  # noqa: F401  (registers its operators)
-from sra2_fast.ops.registry import ADAPTERS
+from sra2_fast.ops.registry import ADAPTERS, on_its_device
 
 OPERATORS = (
     "adamw_ema_norm",
@@ -103,7 +104,8 @@ def test_forward_mode_through_the_kernels_is_refused_not_zero() -> None:
     numeric = (eager(x + step, t, y) - eager(x - step, t, y)) / (2 * step)
     assert float(tangent.norm()) > 0.1
     torch.testing.assert_close(tangent, numeric, rtol=1e-2, atol=1e-2 * float(numeric.abs().max()))
-    single = torch.func.vmap(lambda x, t, y: eager(x[None], t[None], y[None])[0])(x, t, y)
+    with sdpa_kernel(SDPBackend.MATH):  # the one that has a batching rule
+        single = torch.func.vmap(lambda x, t, y: eager(x[None], t[None], y[None])[0])(x, t, y)
     torch.testing.assert_close(single, value, rtol=1e-5, atol=1e-6)  # the labels' values were read, which vmap refuses
 
 
@@ -115,5 +117,29 @@ def test_a_second_backward_for_one_derivative_is_refused_not_zero() -> None:
         lambda: torch.autograd.functional.jvp(lambda x: model(x, t, y), x, torch.ones_like(x)),
         lambda: torch.autograd.functional.hessian(lambda x: model(x, t, y).square().sum(), x),
     ):
-        with pytest.raises(RuntimeError, match=r'once_differentiable; implementation="eager" takes second derivatives'):
+        with pytest.raises(
+            RuntimeError,
+            match=r'once_differentiable; implementation="eager" takes second derivatives, with sdpa_kernel',
+        ):
             second()
+
+
+def test_an_adapter_runs_with_the_device_of_its_first_tensor_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor on cuda:1 while cuda:0 is current: the launch went to cuda:0 with cuda:1's addresses."""
+    entered: list[torch.Tensor] = []
+
+    class DeviceOf:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            entered.append(tensor)
+
+        def __enter__(self) -> None:
+            entered.append(torch.ones(1))
+
+        def __exit__(self, *error: object) -> None:
+            entered.append(torch.zeros(1))
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    call = on_its_device(lambda *arguments: (len(entered), arguments))
+    x = torch.randn(3)
+    assert call(x, 4, 5) == (2, (x, 4, 5)) and entered[0] is x and len(entered) == 3
+    assert call([x, x], 6) == (5, ([x, x], 6)) and entered[3] is x

@@ -22,6 +22,8 @@ from lib import counting, step_rows
 from lib.step_rows import ROWS, Setting, StepRow
 from lib.timing import Timing
 
+pytestmark = pytest.mark.training
+
 TINY = ["--model", "32,2,2,8", "--batch-size", "2", "--steps", "2"]
 EAGER = [*TINY, "--implementation", "eager", "--device", "cpu", "--precision", "fp32"]
 KEYS = {

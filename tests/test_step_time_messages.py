@@ -24,6 +24,8 @@ import step_time
 from lib import counting, doing
 from lib.step_rows import StepRow
 
+pytestmark = pytest.mark.training
+
 TINY = ["--model", "32,2,2,8", "--batch-size", "2", "--device", "cpu"]
 BASELINE = [*TINY, "--implementation", "eager", "--precision", "fp32", "--rows", "baseline"]
 
@@ -80,18 +82,17 @@ def test_the_square_product_is_small_where_its_type_is_emulated(monkeypatch: pyt
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices after 0.2 s instead of a minute."""
-    monkeypatch.setattr(doing, "NOTICE_SECONDS", 0.2)
+    """Notices after 0.5 s instead of a minute."""
+    monkeypatch.setattr(doing, "NOTICE_SECONDS", 0.5)
 
 
 def test_what_takes_long_is_told_once_with_what_would_help(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
     with doing.Doing("bench", "title", 3, "less of it") as now:
         now("short")
-        time.sleep(0.05)
         now("long")
-        time.sleep(0.7)
+        time.sleep(1.2)
         now("long")  # the same thing again is told again
-        time.sleep(0.4)
+        time.sleep(0.8)
     told = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("bench:")]
     assert len(told) == 2 and "short" not in "".join(told)
     assert re.fullmatch(r"bench: long: \d+ s so far; faster with less of it", told[0])
@@ -108,7 +109,7 @@ def test_what_takes_long_is_told_once_with_what_would_help(impatient: None, caps
 def test_a_slow_step_says_which_row_and_which_phase(
     slow: str, phase: str, impatient: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(StepRow, slow, slowed(getattr(StepRow, slow), 0.5))
+    monkeypatch.setattr(StepRow, slow, slowed(getattr(StepRow, slow), 0.9))
     assert step_time.main([*BASELINE, "--steps", "2"]) == 0
     told = capsys.readouterr().err
     assert re.search(rf"step_time: {phase}: \d+ s so far; faster with a smaller --batch-size or --model", told), told
@@ -118,7 +119,7 @@ def test_emulated_bf16_is_named_as_what_is_slow(
     impatient: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backends, "is_bf16_fast", lambda device: False)
-    monkeypatch.setattr(StepRow, "check", slowed(StepRow.check, 0.5))
+    monkeypatch.setattr(StepRow, "check", slowed(StepRow.check, 0.9))
     assert step_time.main([*BASELINE, "--steps", "1", "--precision", "bf16"]) == 0
     assert "faster with --precision fp32 (this machine emulates bf16), " in capsys.readouterr().err
 

@@ -25,6 +25,8 @@ from sra2_fast.train.grid import HEADER
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -257,29 +259,3 @@ def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(
         train(tiny(tmp_path, checkpoint_every=10))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
     assert load_checkpoint(final(tmp_path, 10)).step == 10
-
-
-def test_a_compiled_run_is_the_run_within_roundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--compile` is the default on a GPU: teacher and student compiled, saved and resumed by their plain names.
-
-    Traced and differentiated ahead of time; what inductor makes of the model is in test_model_implementations.py.
-    """
-    used: list[str] = []
-    compile_with = torch.compile
-
-    def compile_quickly(model: torch.nn.Module) -> Any:
-        used.append(type(model).__name__)
-        return compile_with(model, backend="aot_eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", compile_quickly)
-    small = {"model": "16,2,2,4", "target": "teacher", "log_every": 2}
-    train(tiny(tmp_path / "plain", steps=4, **small))
-    train(tiny(tmp_path / "compiled", steps=2, compile=True, **small))
-    train(tiny(tmp_path / "compiled", steps=4, compile=True, **small))
-    assert used == ["SiT"] * 4
-    plain, compiled = (load_checkpoint(final(tmp_path / name, 4)) for name in ("plain", "compiled"))
-    assert plain.model.keys() == compiled.model.keys() and plain.optimizer.keys() == compiled.optimizer.keys()
-    for name, value in plain.model.items():
-        torch.testing.assert_close(compiled.model[name], value, rtol=1e-3, atol=1e-5)
-    for a, b in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
-        assert a["velocity"] == pytest.approx(b["velocity"], rel=1e-5)

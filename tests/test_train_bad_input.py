@@ -20,6 +20,8 @@ from sra2_fast.train import TrainOptions, build, loop
 from sra2_fast.train.loop import train
 from sra2_fast.train.run_directory import RunDirectory
 
+pytestmark = pytest.mark.training
+
 BASE = TrainOptions(
     out="unset", model="16,2,2,4", batch_size=4, steps=4, sample_every=0, precision="fp32", device="cpu", log_every=2
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sra2_fast import SiT, SRA2Loss, backends, recipe
 from sra2_fast.data import Batch
@@ -23,6 +24,7 @@ from sra2_fast.errors import InputError, must_be
 from sra2_fast.models import model_sizes
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.allocator import keep_freed_memory
+from sra2_fast.train.build import compile_blocks
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import TrainStep
 
@@ -201,7 +203,11 @@ class StepRow:
         )
 
     def _compiled(self, network: Any) -> Any:
-        return torch.compile(network) if self.setting.is_compiled and network is not None else network
+        """As training has it, block by block; what is public is compiled as a whole, the strongest rival."""
+        if not self.setting.is_compiled or network is None:
+            return network
+        is_ours = isinstance(network, SiT) and self.setting.implementation == "fused"
+        return compile_blocks(network) if is_ours else torch.compile(network)
 
     def _optimizer(self) -> AdamWEMA | PublicOptimizer:
         if self.setting.implementation == "eager":
@@ -339,10 +345,10 @@ def ways_to_be_faster(setting: Setting) -> str:
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """N(0, 0.02) into every trained parameter that is all zeros (adaLN, output layer, biases)."""
+    """N(0, 0.02) into every trained parameter that is all zeros (adaLN, output layer, biases); fake ones are left."""
     with torch.no_grad():
         for param in model.parameters():
-            if param.requires_grad and not bool(param.any()):
+            if param.requires_grad and not isinstance(param, FakeTensor) and not bool(param.any()):
                 param.normal_(std=0.02)
 
 

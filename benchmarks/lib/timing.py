@@ -198,7 +198,7 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device | str = "
         del result
         return torch.cuda.max_memory_allocated(device) - at_entry
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _without_profiler_chatter(), torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+    with without_profiler_chatter(), torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
         result = call()
         del result
     changes = [
@@ -213,7 +213,7 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device | str = "
 
 
 @contextmanager
-def _without_profiler_chatter() -> Iterator[None]:
+def without_profiler_chatter() -> Iterator[None]:
     """Drop the profiler's own lines from stderr; pass everything else on when done."""
     sys.stderr.flush()
     saved = os.dup(2)

@@ -70,6 +70,9 @@ def adamw_ema_step(tensors: AdamWEMATensors, norm: Tensor, settings: AdamWEMASet
     clip = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [])
     _step(*lists, t.steps, norm, *settings._replace(ema_decay=decay, max_grad_norm=clip))
+    # The kernels write past autograd: without this it would not notice that a saved weight has changed since.
+    for written in (t.params, t.exp_avgs, t.exp_avg_sqs, t.emas or []):
+        torch.autograd.graph.increment_version(written)
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
@@ -145,6 +148,8 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
 
 def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
+    if not emas:
+        return  # the flag would be read for nothing
     weight: Tensor | float = (1.0 - ema_decay) * is_finite
     if is_finite.device.type in _READ_THE_FLAG_ON:
         weight = float(weight)  # a tensor weight is broadcast element by element there

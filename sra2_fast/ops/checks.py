@@ -114,4 +114,5 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(f"the fused kernels are once_differentiable; {_WAY_OUT} second derivatives")
+        way_out = f"{_WAY_OUT} second derivatives, with sdpa_kernel(SDPBackend.MATH) around the forward"
+        raise RuntimeError(f"the fused kernels are once_differentiable; {way_out}")

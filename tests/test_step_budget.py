@@ -1,0 +1,385 @@
+"""benchmarks/step_budget.py: what a step is made of, that its counts are right, and that it does not grow unnoticed."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sra2_fast import SiT, backends
+from sra2_fast.layers import block
+from sra2_fast.ops import adamw_ema
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import plot
+import step_budget
+from lib import budget, counting, ledger, step_parts
+from lib.ledger import Ledger, Operator
+from lib.step_rows import Setting, StepRow
+
+TINY = "32,2,2,8"  # hidden size, depth, heads, patch size
+DIM, DEPTH, PATCH, TOKENS, BATCH = 32, 2, 8, 16, 3
+ROWS = ("baseline", "sra2-cosine", "sra2-smooth-l1", "sra")
+
+
+def setting(model: str = TINY, batch_size: int = BATCH, precision: str = "bf16") -> Setting:
+    return Setting(model, batch_size, precision, "fused", False, torch.device("cpu"))
+
+
+@functools.cache
+def traced(row: str, model: str = TINY, batch_size: int = BATCH) -> tuple[StepRow, list[Operator]]:
+    return ledger.trace(row, setting(model, batch_size))
+
+
+@functools.cache
+def predicted(row: str) -> dict[str, Any]:
+    return step_budget.predict(step_budget.parse_arguments(["--row", row, "--predict", "h200"]))
+
+
+def flops_by_part(operators: list[Operator]) -> dict[str, int]:
+    found: collections.Counter[str] = collections.Counter()
+    for one in operators:
+        found[one.part] += one.flops
+    return dict(found)
+
+
+# What a step is made of
+
+
+def flops_without_gradient(config: dict[str, Any]) -> int:
+    """The two products of an image that no backward needs: the gradients of the latent and of the time's features."""
+    patch_elements = config["patch_size"] ** 2 * config["in_channels"]
+    tokens = (config["input_size"] // config["patch_size"]) ** 2
+    of_time = counting.linear_flops(1, counting.TIME_FEATURES, config["hidden_size"])
+    return counting.linear_flops(tokens, patch_elements, config["hidden_size"]) + of_time
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_flops_are_those_that_counting_has(row: str) -> None:
+    step, operators = traced(row)
+    want = BATCH * (step.flops_per_image - flops_without_gradient(step.sit.config()))
+    assert sum(one.flops for one in operators) == want
+
+
+def test_flops_of_sit_xl_are_those_that_counting_has() -> None:
+    with torch.device("meta"):
+        config = SiT(learn_sigma=False).config()
+    for row in ("baseline", "sra2-cosine"):
+        record = predicted(row)
+        assert record["model_flops"] - record["flops"] == 32 * flops_without_gradient(config), row
+
+
+def test_a_product_belongs_to_the_layer_whose_weight_it_multiplies_by() -> None:
+    # Shapes would not tell: fc1's backward is fc2's forward, and the head is as wide as the final adaLN.
+    _, operators = traced("sra2-cosine")
+    rows = BATCH * TOKENS
+    linear, elements = counting.linear_flops, PATCH * PATCH * 4
+    all_three = {
+        "qkv product": 3 * DEPTH * linear(rows, DIM, 3 * DIM),
+        "proj product": 3 * DEPTH * linear(rows, DIM, DIM),
+        "fc1 product": 3 * DEPTH * linear(rows, DIM, 4 * DIM),
+        "fc2 product": 3 * DEPTH * linear(rows, 4 * DIM, DIM),
+        "adaLN product": 3 * linear(BATCH, DIM, (6 * DEPTH + 2) * DIM),
+        "output product": 3 * linear(rows, DIM, elements),
+        "head products": 3 * (linear(rows, DIM, 2 * DIM) + 3 * linear(rows, 2 * DIM, 2 * DIM)),
+        "loss and head": 3 * linear(rows, 2 * DIM, elements),
+        "embedder products": 2 * linear(rows, elements, DIM)
+        + 2 * linear(BATCH, counting.TIME_FEATURES, DIM)
+        + 3 * linear(BATCH, DIM, DIM),
+        "attention forward": 2 * DEPTH * BATCH * linear(TOKENS, DIM, TOKENS),
+        "attention backward": 4 * DEPTH * BATCH * linear(TOKENS, DIM, TOKENS),
+    }
+    assert {part: count for part, count in flops_by_part(operators).items() if count} == all_three
+
+
+def test_the_rest_belongs_where_it_is_called() -> None:
+    _, operators = traced("sra2-cosine")
+    names: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for one in operators:
+        names[one.part][one.name.split("::")[1]] += 1
+    norms = names["norms and gates"]
+    # The tap closes the stream, so the second block starts with a plain norm, as the first one does.
+    assert norms["layer_norm_modulate_fwd"] == norms["layer_norm_modulate_bwd"] == 2
+    assert norms["gated_residual_layer_norm_modulate_fwd"] == norms["gated_residual_layer_norm_modulate_bwd"] == 3
+    assert names["GELU"] == {"gelu": DEPTH, "gelu_backward": DEPTH}
+    assert names["attention forward"] == {"_scaled_dot_product_flash_attention_for_cpu": DEPTH}
+    assert names["attention backward"] == {"_scaled_dot_product_flash_attention_for_cpu_backward": DEPTH}
+    assert names["stacking dq, dk, dv"] == {"stack": DEPTH}
+    assert names["dtype casts"]["_foreach_copy_"] == 1  # the adaLN weights, all at once
+    assert set(names["dtype casts"]) == {"_to_copy", "_foreach_copy_"}
+    # Biases: four a block, the final layer's, of patches and time, of the head but for its last, which is K3's.
+    assert names["bias-gradient sums"] == {"sum": 4 * DEPTH + 1 + 3 + 4}
+    loss = names["loss and head"]
+    assert loss["alignment_velocity_loss_fwd"] == loss["alignment_velocity_loss_bwd"] == 1
+    assert loss["silu"] == loss["silu_backward"] == 4
+    silus = names["conditioning and embeddings"]
+    assert silus["silu"] == silus["silu_backward"] == DEPTH + 2
+    optimizer = names["optimizer and EMA"]
+    assert optimizer["adamw_ema_norm"] == optimizer["adamw_ema_step"] == 1
+    assert not {"convolution", "clone"} & set(norms) and "convolution" not in names["embedder products"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_nothing_is_left_over(row: str) -> None:
+    _, operators = traced(row)
+    assert not [one for one in operators if one.part in (step_parts.OTHER, step_parts.NAMELESS_PRODUCTS)]
+
+
+def test_frozen_products_are_the_teachers() -> None:
+    step, operators = traced("sra")
+    config = step.sit.config()
+    teacher = counting.sit_forward_flops(config, stop_at_block=2)
+    attention = 2 * 2 * counting.linear_flops(TOKENS, DIM, TOKENS)
+    assert flops_by_part(operators)["frozen network's products"] == BATCH * (teacher - attention)
+
+
+needs_extension = pytest.mark.skipif(not backends.has_extension("cpu"), reason="the extension is not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("row", ["baseline", "sra2-cosine"])
+def test_a_fake_step_runs_what_a_real_one_does(row: str) -> None:
+    _, fake = traced(row)
+    step = StepRow(row, setting())
+    real = Ledger(step)
+    with real:
+        step()
+        real.operators.clear()
+        step()
+    difference = collections.Counter(real.operators)
+    difference.subtract(fake)
+    left = {one.name: count for one, count in difference.items() if count}
+    assert left == {"aten::min": 1, "aten::max": 1}  # labels are looked at where that costs nothing: on a real CPU
+
+
+def test_a_step_without_the_extension_is_traced_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema"):
+        monkeypatch.setattr(sys.modules[f"sra2_fast.ops.{op}"], "_FUSED_ON", frozenset())
+    assert ledger.trace("sra2-cosine", setting())[1] == traced("sra2-cosine")[1]
+
+
+def test_fake_labels_are_not_read() -> None:
+    # check_inputs read the labels of every CPU tensor, and a fake one has none to read.
+    with FakeTensorMode(), ledger.as_on_cuda():
+        model = SiT(hidden_size=DIM, depth=1, num_heads=2, patch_size=PATCH, num_classes=3, class_dropout_prob=0)
+        x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+        assert model(x, t, y, force_drop_ids=torch.zeros(2)).shape == x.shape
+
+
+def test_an_empty_list_of_averages_reads_no_flag() -> None:
+    # On the CPU eager_ema read its flag for nothing where no parameter was idle, which a fake step cannot.
+    with FakeTensorMode():
+        adamw_ema.eager_ema([], [], 0.9, torch.ones((), dtype=torch.bool))
+
+
+def call(func: Any, *args: Any, **kwargs: Any) -> int:
+    return step_parts.bytes_of(func, args, kwargs, func(*args, **kwargs))
+
+
+def test_bytes_are_those_of_arguments_and_results() -> None:
+    aten = torch.ops.aten
+    a, b = torch.randn(3, 5), torch.randn(3, 5)
+    assert call(aten.add.Tensor, a, b) == 3 * 60
+    assert call(aten.add_.Tensor, a, b) == 2 * 60 + 60  # read, written, and read
+    assert call(aten.copy_.default, a, b) == 60 + 60  # what it overwrites is not read
+    assert call(aten.add.out, a, b, out=torch.empty(3, 5)) == 3 * 60
+    assert call(aten.sum.default, torch.randn(3, 1).expand(3, 5)) == 12 + 4  # three elements, however often repeated
+    assert call(aten.stack.default, [a, b]) == 4 * 60
+    assert call(aten.embedding_dense_backward.default, a, torch.arange(3), 7, -1, False) == 60 + 24 + 7 * 20
+
+
+def test_views_and_empty_tensors_cost_nothing() -> None:
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.t.default, aten.detach.default, aten.split.Tensor, aten._unsafe_view.default)
+    for func in (*views, aten.empty_like.default, aten.new_empty_strided.default):
+        assert step_parts.costs_nothing(func), func
+    for func in (aten.clone.default, aten.copy_.default, aten.zeros_like.default, aten._to_copy.default):
+        assert not step_parts.costs_nothing(func), func
+
+
+# Floors and predictions
+
+
+def test_a_floor_is_the_longer_of_flops_and_bytes() -> None:
+    peaks = budget.Peaks("gpu", 1e12, 1e9, attention_forward_flop_per_s=5e11, attention_backward_flop_per_s=1e11)
+    products, copies = Operator("fc1 product", "mm", 4 * 10**9, 4 * 10**9, 10**6), Operator("GELU", "gelu", 0, 0, 10**7)
+    assert peaks.floor_ms(products) == pytest.approx(4) and peaks.floor_ms(copies) == pytest.approx(10)
+    forward = Operator("attention forward", "sdpa", 10**9, 2 * 10**9, 10**3)
+    backward = Operator("attention backward", "sdpa_backward", 2 * 10**9, 5 * 10**9, 10**3)
+    assert peaks.floor_ms(forward) == pytest.approx(1) and peaks.predicted_ms(forward) == pytest.approx(4)
+    assert peaks.floor_ms(backward) == pytest.approx(2) and peaks.predicted_ms(backward) == pytest.approx(50)
+    parts = budget.parts_of([products, copies, copies, forward, backward], peaks)
+    assert parts["GELU"] == {"flops": 0, "bytes": 2 * 10**7, "operators": 2, "floor_ms": pytest.approx(20)}
+    assert list(parts) == ["fc1 product", "attention forward", "attention backward", "GELU"]
+    sums = budget.totals(parts)
+    assert (sums["bytes_outside_products"], sums["operators"], sums["flops"]) == (2 * 10**7, 5, 7 * 10**9)
+    assert sums["other_share"] == 0 and sums["floor_ms"] == pytest.approx(4 + 20 + 1 + 2)
+    left_over = Operator("other", "mul", 0, 0, 10**7)
+    assert budget.totals(budget.parts_of([copies, left_over], peaks))["other_share"] == pytest.approx(0.5)
+
+
+def test_attention_executes_padded_heads_and_a_second_product() -> None:
+    q = torch.empty(2, 16, 256, 72, device="meta")
+    func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counted, executed = step_parts.flops_of(func.default, (q, q, q), {}, None)
+    assert counted == 4 * 2 * 16 * 256 * 256 * 72 and executed == counted * 96 // 72
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    assert step_parts.flops_of(backward, (q, q, q, q), {}, None) == (2 * counted, 5 * executed // 2)
+
+
+@pytest.mark.parametrize("gpu", step_budget.GPUS)
+def test_every_peak_has_its_source(gpu: str) -> None:
+    peaks, sources = budget.read_peaks(gpu, "bf16")
+    assert len(sources) == 5 and all(len(source) > 20 for source in sources.values())
+    assert 7e14 < peaks.flop_per_s < 9e14 and 2e12 < peaks.bytes_per_s < 5e12
+    assert peaks.attention_backward_flop_per_s < peaks.attention_forward_flop_per_s < peaks.flop_per_s
+
+
+def test_a_prediction_can_be_derived_from_its_parts() -> None:
+    record = predicted("sra2-cosine")
+    parts = record["parts"].values()
+    assert record["floor_ms"] == pytest.approx(sum(one["floor_ms"] for one in parts))
+    launches_ms = 0.9e-3 * record["operators"]
+    assert record["ms"] == pytest.approx(sum(one["ms"] for one in parts) + launches_ms)
+    assert record["mfu"] == pytest.approx(record["model_flops"] / (record["ms"] * 1e-3) / 788e12)
+    assert record["parts"]["fc1 product"]["ms"] == pytest.approx(record["parts"]["fc1 product"]["flops"] / 788e9)
+    assert record["parts"]["GELU"]["ms"] == pytest.approx(record["parts"]["GELU"]["bytes"] / 4.3e9)
+    assert record["other_share"] < 0.01
+
+
+# The guard: `make test` says no where a step needs more than the last line of step_budget.jsonl about it
+
+
+def recorded(record: dict[str, Any]) -> dict[str, Any]:
+    lines = (budget.RESULTS / "step_budget.jsonl").read_text().splitlines()
+    found = budget.last_recorded(lines, record)
+    assert found is not None, f"results/step_budget.jsonl has no line about {record['row']}"
+    return found
+
+
+@pytest.mark.parametrize("row", ["baseline", "sra2-cosine"])
+def test_sit_xl_needs_no_more_than_recorded(row: str) -> None:
+    """Where it needs less: benchmarks/step_budget.py --row ROW --json benchmarks/results/step_budget.jsonl."""
+    record = predicted(row)
+    assert (record["model"], record["batch_size"], record["precision"]) == ("SiT-XL/2", 32, "bf16")
+    before = recorded(record)
+    grown = budget.growth(record, before)
+    versions = f"torch {record['versions']['torch']} here, {before['versions']['torch']} there"
+    assert not grown, "\n".join([f"{row} grew ({versions}):", *grown])
+
+
+@pytest.mark.parametrize("what", ["bytes", "bytes_outside_products", "operators"])
+def test_the_guard_sees_one_more(what: str) -> None:
+    record = predicted("baseline")
+    before = copy.deepcopy(record)
+    assert budget.growth(record, before) == []
+    before[what] -= 1
+    assert budget.growth(record, before) == [
+        f"{what}: {record[what]:,}, recorded {record[what] - 1:,} (commit {record['commit']})"
+    ]
+    before[what] += 2
+    assert budget.growth(record, before) == []
+
+
+def test_the_guard_names_the_part_that_grew(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = step_budget.parse_arguments(["--model", TINY, "--batch-size", "3", "--predict", "h100"])
+    before = step_budget.predict(arguments)
+    forward = block.Mlp.forward
+    monkeypatch.setattr(block.Mlp, "forward", lambda self, x: forward(self, x.clone()))
+    grown = budget.growth(step_budget.predict(arguments), before)
+    tokens_bytes = DEPTH * 2 * 3 * TOKENS * DIM * 2  # a copy a block, read and written, bf16
+    assert [line.split(":")[0] for line in grown] == [*budget.GUARDED, "  norms and gates"]
+    assert f"bytes: {before['bytes'] + tokens_bytes:,}, recorded {before['bytes']:,}" in grown[0]
+    assert f"operators: {before['operators'] + DEPTH:,}" in grown[2]
+
+
+def test_the_guard_takes_the_last_line_of_the_same_step() -> None:
+    case = {"model": "m", "batch_size": 1, "precision": "bf16", "implementation": "fused", "row": "sra"}
+    lines = [json.dumps({**case, "bytes": n}) for n in (1, 2)] + ["", json.dumps({**case, "row": "repa", "bytes": 3})]
+    found = budget.last_recorded(lines, case)
+    assert found is not None and found["bytes"] == 2
+    assert budget.last_recorded(lines, {**case, "batch_size": 2}) is None
+
+
+# The command
+
+
+def test_a_prediction_is_a_table_a_line_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "new" / "budget.jsonl", tmp_path / "budget.png"
+    arguments = ["--model", TINY, "--batch-size", "3", "--row", "sra2-smooth-l1", "--predict", "h100"]
+    assert step_budget.main([*arguments, "--json", str(file), "--plot", str(picture)]) == 0
+    (record,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (record["bench"], record["row"], record["is_measured"]) == ("step_budget", "sra2-smooth-l1", False)
+    assert {"commit", "device", "versions", "sources", "mfu", "ms", "floor_ms"} <= set(record)
+    shown = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"MFU \d+\.\d % \(predicted for H100 80 GB: \S+ TFLOP in \S+ ms at 798 TFLOP/s\)", shown[-1])
+    for part, one in record["parts"].items():
+        (line,) = [line for line in shown if line.startswith(f"  {part} ")]
+        assert f"{one['bytes'] * 1e-9:.2f}" in line and f" {one['operators']} " in line
+    told = "\n".join(shown)
+    assert "other: 0.00 % of the bytes" in told and "source of copy_bytes_per_s: measured on an H100" in told
+    assert f"launches: {record['operators']} operators, 0.9 us each that overlaps nothing" in told
+    assert picture.stat().st_size > 1000
+    assert plot.main(["step_budget", str(file), str(tmp_path / "again.svg")]) == 0
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_measured_step_has_a_time_for_every_part(
+    precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "budget.jsonl"
+    arguments = ["--model", TINY, "--batch-size", "3", "--device", "cpu", "--row", "sra2-cosine", "--steps", "3"]
+    picture = str(tmp_path / "budget.png")
+    assert step_budget.main([*arguments, "--precision", precision, "--json", str(file), "--plot", picture]) == 0
+    (record,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert record["is_measured"] and record["ms"] == record["ms_median"] and record["precision"] == precision
+    assert all(one["ms"] > 0 for one in record["parts"].values())
+    assert record["ms"] == pytest.approx(sum(one["ms"] for one in record["parts"].values()) + record["beside_ms"])
+    rate = record["product_flop_per_s"]
+    assert record["mfu"] == pytest.approx(record["model_flops"] / record["ms"] * 1e3 / rate)
+    told = capsys.readouterr()
+    assert re.match(r"MFU \d+\.\d % \(measured on .* threads: ", told.out.splitlines()[-1]) and told.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--row", "dino"], "--row must be one of baseline, .*got dino"),
+        (["--predict", "a100"], "--predict must be h100 or h200, got a100"),
+        (["--device", "mps"], "--device must be cpu or cuda, got mps"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (
+            ["--precision", "fp32"],
+            "--precision fp32 has no product rate for h200 in .*peaks.json; use bf16, or measure",
+        ),
+        (["--model", "SiT-M/3"], "--model SiT-M/3 is not known"),
+        (["--plot", "x.png"], "--plot draws what --json FILE holds; give both"),
+        (["--json", "."], r"step_budget: --json \. cannot be written \(Is a directory\); name another file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step_budget.main(arguments) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and re.search(words, told[0]), told
+
+
+@needs_extension
+def test_a_wrong_step_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(StepRow, "reference", lambda self: (1e9, 1e9))
+    arguments = ["--model", TINY, "--batch-size", "2", "--device", "cpu", "--precision", "fp32", "--steps", "1"]
+    assert step_budget.main(arguments) == 1
+    assert "row baseline: loss is" in capsys.readouterr().err
