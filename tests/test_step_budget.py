@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,6 +352,22 @@ def test_a_measured_step_has_a_time_for_every_part(
     assert record["mfu"] == pytest.approx(record["model_flops"] / record["ms"] * 1e3 / rate)
     told = capsys.readouterr()
     assert re.match(r"MFU \d+\.\d % \(measured on .* threads: ", told.out.splitlines()[-1]) and told.err == ""
+
+
+def test_a_gpus_time_is_that_of_the_kernels_under_a_mark() -> None:
+    def event(name: str, kind: str, cpu_us: float, device_us: float) -> SimpleNamespace:
+        device_type = getattr(torch.autograd.DeviceType, kind)
+        return SimpleNamespace(name=name, device_type=device_type, cpu_time_total=cpu_us, device_time_total=device_us)
+
+    events = [
+        event(ledger.MARK + "GELU", "CPU", 5, 2000),
+        event(ledger.MARK + "GELU", "CUDA", 0, 2500),  # the mark again, as a range on the GPU
+        event(ledger.MARK + "GELU", "CPU", 7, 3000),
+        event("aten::gelu", "CPU", 4, 2000),
+        event("gelu_kernel", "CUDA", 0, 2000),
+    ]
+    assert step_budget.marked_ms(events, on_gpu=True) == {"GELU": 5}
+    assert step_budget.marked_ms(events, on_gpu=False) == {"GELU": pytest.approx(0.012)}
 
 
 @pytest.mark.parametrize(
