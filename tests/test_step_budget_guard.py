@@ -1,4 +1,4 @@
-"""The guard of the step's budget: `make test` says no where SiT-XL/2 needs more than the last line recorded about it."""
+"""The guard of the step's budget: `make test` says no where SiT-XL/2 needs more than its last recorded line."""
 
 from __future__ import annotations
 
