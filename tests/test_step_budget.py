@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import copy
 import functools
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from repository import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sra2_fast import SiT, backends
-from sra2_fast.layers import block
 from sra2_fast.ops import adamw_ema
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -27,6 +26,8 @@ import step_budget
 from lib import budget, counting, ledger, step_parts
 from lib.ledger import Ledger, Operator
 from lib.step_rows import Setting, StepRow
+
+pytestmark = pytest.mark.training
 
 TINY = "32,2,2,8"  # hidden size, depth, heads, patch size
 DIM, DEPTH, PATCH, TOKENS, BATCH = 32, 2, 8, 16, 3
@@ -124,7 +125,7 @@ def test_the_rest_belongs_where_it_is_called() -> None:
     assert loss["alignment_velocity_loss_fwd"] == loss["alignment_velocity_loss_bwd"] == 1
     assert loss["silu"] == loss["silu_backward"] == 4
     silus = names["conditioning and embeddings"]
-    assert silus["silu"] == silus["silu_backward"] == DEPTH + 2
+    assert silus["silu"] == silus["silu_backward"] == 2  # of the time, and of the conditioning once for all blocks
     optimizer = names["optimizer and EMA"]
     assert optimizer["adamw_ema_norm"] == optimizer["adamw_ema_step"] == 1
     assert not {"convolution", "clone"} & set(norms) and "convolution" not in names["embedder products"]
@@ -258,60 +259,6 @@ def test_a_prediction_can_be_derived_from_its_parts() -> None:
     assert record["other_share"] < 0.01
 
 
-# The guard: `make test` says no where a step needs more than the last line of step_budget.jsonl about it
-
-
-def recorded(record: dict[str, Any]) -> dict[str, Any]:
-    lines = (budget.RESULTS / "step_budget.jsonl").read_text().splitlines()
-    found = budget.last_recorded(lines, record)
-    assert found is not None, f"results/step_budget.jsonl has no line about {record['row']}"
-    return found
-
-
-@pytest.mark.parametrize("row", ["baseline", "sra2-cosine"])
-def test_sit_xl_needs_no_more_than_recorded(row: str) -> None:
-    """Where it needs less: benchmarks/step_budget.py --row ROW --json benchmarks/results/step_budget.jsonl."""
-    record = predicted(row)
-    assert (record["model"], record["batch_size"], record["precision"]) == ("SiT-XL/2", 32, "bf16")
-    before = recorded(record)
-    grown = budget.growth(record, before)
-    versions = f"torch {record['versions']['torch']} here, {before['versions']['torch']} there"
-    assert not grown, "\n".join([f"{row} grew ({versions}):", *grown])
-
-
-@pytest.mark.parametrize("what", ["bytes", "bytes_outside_products", "operators"])
-def test_the_guard_sees_one_more(what: str) -> None:
-    record = predicted("baseline")
-    before = copy.deepcopy(record)
-    assert budget.growth(record, before) == []
-    before[what] -= 1
-    assert budget.growth(record, before) == [
-        f"{what}: {record[what]:,}, recorded {record[what] - 1:,} (commit {record['commit']})"
-    ]
-    before[what] += 2
-    assert budget.growth(record, before) == []
-
-
-def test_the_guard_names_the_part_that_grew(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = step_budget.parse_arguments(["--model", TINY, "--batch-size", "3", "--predict", "h100"])
-    before = step_budget.predict(arguments)
-    forward = block.Mlp.forward
-    monkeypatch.setattr(block.Mlp, "forward", lambda self, x: forward(self, x.clone()))
-    grown = budget.growth(step_budget.predict(arguments), before)
-    tokens_bytes = DEPTH * 2 * 3 * TOKENS * DIM * 2  # a copy a block, read and written, bf16
-    assert [line.split(":")[0] for line in grown] == [*budget.GUARDED, "  norms and gates"]
-    assert f"bytes: {before['bytes'] + tokens_bytes:,}, recorded {before['bytes']:,}" in grown[0]
-    assert f"operators: {before['operators'] + DEPTH:,}" in grown[2]
-
-
-def test_the_guard_takes_the_last_line_of_the_same_step() -> None:
-    case = {"model": "m", "batch_size": 1, "precision": "bf16", "implementation": "fused", "row": "sra"}
-    lines = [json.dumps({**case, "bytes": n}) for n in (1, 2)] + ["", json.dumps({**case, "row": "repa", "bytes": 3})]
-    found = budget.last_recorded(lines, case)
-    assert found is not None and found["bytes"] == 2
-    assert budget.last_recorded(lines, {**case, "batch_size": 2}) is None
-
-
 # The command
 
 
@@ -351,6 +298,22 @@ def test_a_measured_step_has_a_time_for_every_part(
     assert record["mfu"] == pytest.approx(record["model_flops"] / record["ms"] * 1e3 / rate)
     told = capsys.readouterr()
     assert re.match(r"MFU \d+\.\d % \(measured on .* threads: ", told.out.splitlines()[-1]) and told.err == ""
+
+
+def test_a_gpus_time_is_that_of_the_kernels_under_a_mark() -> None:
+    def event(name: str, kind: str, cpu_us: float, device_us: float) -> SimpleNamespace:
+        device_type = getattr(torch.autograd.DeviceType, kind)
+        return SimpleNamespace(name=name, device_type=device_type, cpu_time_total=cpu_us, device_time_total=device_us)
+
+    events = [
+        event(ledger.MARK + "GELU", "CPU", 5, 2000),
+        event(ledger.MARK + "GELU", "CUDA", 0, 2500),  # the mark again, as a range on the GPU
+        event(ledger.MARK + "GELU", "CPU", 7, 3000),
+        event("aten::gelu", "CPU", 4, 2000),
+        event("gelu_kernel", "CUDA", 0, 2000),
+    ]
+    assert step_budget.marked_ms(events, on_gpu=True) == {"GELU": 5}
+    assert step_budget.marked_ms(events, on_gpu=False) == {"GELU": pytest.approx(0.012)}
 
 
 @pytest.mark.parametrize(

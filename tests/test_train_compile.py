@@ -16,6 +16,8 @@ from sra2_fast.train import build
 from sra2_fast.train.diagnosis import NonFiniteLoss
 from sra2_fast.train.loop import Trainer, train
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def compiled_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:

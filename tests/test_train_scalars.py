@@ -11,6 +11,8 @@ from runs import final, tiny
 from sra2_fast.train.loop import train
 from sra2_fast.train.scalars import Scalars
 
+pytestmark = pytest.mark.training
+
 pytest.importorskip("tensorboard")
 
 
