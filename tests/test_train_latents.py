@@ -11,6 +11,7 @@ from photos import SIZE
 
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.cli import main
+from sra2_fast.train.grid import HEADER
 
 pytestmark = pytest.mark.training
 
@@ -41,8 +42,8 @@ def test_photos_become_a_model_and_its_samples_become_images(whole: Path, vae_pa
     model = load_checkpoint(tmp_path / "checkpoints" / "step-00000006").state["model"]
     assert (model["input_size"], model["in_channels"], model["num_classes"]) == (SIZE // 4, 4, 2)
     picture = np.asarray(Image.open(tmp_path / "samples" / "step-00000006.png"))
-    assert picture.shape == (4 * (2 * SIZE + 4), 2 * (2 * SIZE + 4), 3)
-    inside = picture[2 : 2 + 2 * SIZE, 2 : 2 + 2 * SIZE]
+    assert picture.shape == (HEADER + 4 * (2 * SIZE + 4), 2 * (2 * SIZE + 4), 3)
+    inside = picture[HEADER + 2 : HEADER + 2 + 2 * SIZE, 2 : 2 + 2 * SIZE]
     assert (inside[::2, ::2] == inside[1::2, 1::2]).all() and inside.std() > 1, "each pixel of the decoded image twice"
 
 
