@@ -56,7 +56,7 @@ def _modulations(D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return conditioning[:, :D], conditioning[:, D : 2 * D], conditioning[:, 2 * D : 3 * D]
 
 
-def _row_cases(size: str, types: str) -> Iterator[Case]:
+def row_cases(size: str, types: str) -> Iterator[Case]:
     from sra2_fast.kernels import gated_residual_layer_norm_modulate as gated
     from sra2_fast.kernels import layer_norm_modulate as plain
 
@@ -88,7 +88,7 @@ def _row_cases(size: str, types: str) -> Iterator[Case]:
     yield Case("gated_residual_layer_norm_modulate", "backward", size, types, gated_bwd)
 
 
-def _loss_case(size: str, types: str, channels: int = 4, patch: int = 2, align: str = "cosine") -> Case:
+def loss_case(size: str, types: str, channels: int = 4, patch: int = 2, align: str = "cosine") -> Case:
     from sra2_fast.kernels import alignment_velocity_loss as kernels
 
     K, P, (_, dtype) = 2 * WIDTHS[size], patch * patch * channels, TYPES[types]
@@ -109,7 +109,7 @@ def _loss_case(size: str, types: str, channels: int = 4, patch: int = 2, align: 
     return Case("alignment_velocity_loss", "forward", f"{size} P={P} {align}", types, run)
 
 
-def _optimizer_cases() -> Iterator[Case]:
+def optimizer_cases() -> Iterator[Case]:
     from sra2_fast.kernels import adamw_ema
 
     lists = [[torch.empty(33_000_000)] for _ in range(5)]
@@ -133,12 +133,12 @@ def cases(sizes: tuple[str, ...] = tuple(WIDTHS), types: tuple[str, ...] = tuple
     """All launchers at these sizes and types, smaller losses and the optimizer once."""
     for size in sizes:
         for name in types:
-            yield from _row_cases(size, name)
+            yield from row_cases(size, name)
             if name != "autocast":
-                yield _loss_case(size, name)
+                yield loss_case(size, name)
     for channels, patch, align in ((3, 2, "cosine"), (4, 4, "cosine"), (4, 8, "cosine"), (4, 2, "smooth_l1")):
-        yield _loss_case(sizes[-1], "bfloat16", channels, patch, align)
-    yield from _optimizer_cases()
+        yield loss_case(sizes[-1], "bfloat16", channels, patch, align)
+    yield from optimizer_cases()
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -13,42 +13,42 @@ import dataclasses
 import sys
 
 import torch
-from lib.step_rows import ROWS, Setting, StepRow, add_setting_arguments, prepared, resolve_setting
-from lib.timing import append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
-from step_time import check_can_append, keeping_loss
-
-from sra2_fast.errors import InputError
+from lib.doing import Doing
+from lib.outcome import check_can_write, exit_code
+from lib.step_rows import ROWS, StepRow, add_setting_arguments, prepared, resolve_setting, ways_to_be_faster
+from lib.timing import append_json_line, environment, interleave, paired_ratio
+from step_time import keeping_loss
 
 IMPLEMENTATIONS = ("eager", "fused")
+WARMUP = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for input that cannot be used."""
+    """Exit code 0, or 2 with one line for input that cannot be used, 1 where a timed step was wrong."""
     parser = argparse.ArgumentParser(prog="fused_speedup", description="A training step, fused against eager.")
     add_setting_arguments(parser, cpu_batch_size=8)
     parser.add_argument("--row", choices=ROWS, default="sra2-cosine", help="[%(default)s]")
     args = parser.parse_args(argv)
-    try:
-        setting = resolve_setting(args, "fused_speedup", "fused", rounds=(8, 20))
-        if args.json:
-            check_can_append(args.json)
-        measure(args, setting)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("fused_speedup", "--batch-size", lambda: run(args))
 
 
-def measure(args: argparse.Namespace, setting: Setting) -> None:
+def run(args: argparse.Namespace) -> None:
     """Check both steps, time them in turn, print the ratio."""
+    setting = resolve_setting(args, "fused_speedup", "fused", rounds=(8, 20))
+    if args.json:
+        check_can_write("fused_speedup", "--json", args.json)
     steps: dict[str, StepRow] = {}
-    peak_bytes = {}
-    for name in IMPLEMENTATIONS:
-        steps[name] = prepared(args.row, dataclasses.replace(setting, implementation=name))
-        peak_bytes[name] = steps[name].persistent_bytes() + peak_memory_bytes(steps[name], setting.device)
+    peak_bytes: dict[str, int] = {}
     losses: dict[str, torch.Tensor] = {}
-    calls = {name: keeping_loss(name, step, losses) for name, step in steps.items()}
-    timings = interleave(calls, device=setting.device, rounds=args.steps, warmup=1)
+    total = len(IMPLEMENTATIONS) * (1 + WARMUP + args.steps)
+    with Doing("fused_speedup", args.row, total, ways_to_be_faster(setting)) as doing:
+        for name in IMPLEMENTATIONS:
+            one = dataclasses.replace(setting, implementation=name)
+            steps[name], peak_bytes[name] = prepared(args.row, one, doing)
+            doing.bar.update()
+        calls = {name: keeping_loss(name, step, losses) for name, step in steps.items()}
+        after = doing.rounds(IMPLEMENTATIONS, WARMUP, args.steps, counted=IMPLEMENTATIONS)
+        timings = interleave(calls, device=setting.device, rounds=args.steps, warmup=WARMUP, on_call=after)
     where = environment(setting.device)
     what = f"{setting.model}, batch {setting.batch_size}, {args.row}, {setting.precision}"
     print(f"{what}, {where['device']}, commit {where['commit']}")

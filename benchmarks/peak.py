@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from lib.timing import Timing, interleave
 
-from sra2_fast.backends import device_name
+from sra2_fast.backends import device_name, is_bf16_fast
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
+EMULATED_SIZE = 512  # in bf16 on a CPU without bf16 units, where 2048 can take minutes
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 CUDA_COPY_SHARE = 8  # never take more than an eighth of the free memory for one of the two buffers
 
@@ -29,12 +30,18 @@ def product_flop_per_s(
     In float32 on a GPU the rate is TF32's where `torch.set_float32_matmul_precision` allows it, as in the timed step.
     """
     device = torch.device(device)
-    size = size or PRODUCT_SIZE[device.type]
+    size = size or product_size(device, dtype)
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty(size, size, device=device, dtype=dtype)
     timing = interleave({"product": lambda: torch.mm(a, b, out=out)}, device=device, rounds=rounds, warmup=2)["product"]
     return 2 * size**3 / (timing.ms_median * 1e-3)
+
+
+def product_size(device: torch.device, dtype: torch.dtype) -> int:
+    """The side of the square matrices that are multiplied."""
+    is_emulated = device.type == "cpu" and dtype == torch.bfloat16 and not is_bf16_fast(device)
+    return EMULATED_SIZE if is_emulated else PRODUCT_SIZE[device.type]
 
 
 class Product(NamedTuple):
@@ -50,7 +57,8 @@ def step_products(
     """The two largest products of a SiT's forward, at the step's own shapes: tokens by D by the MLP's width, and back.
 
     Timed between the steps and the best of all rounds taken, they are the rate that an MFU divides by: a square product
-    measured once, on a machine busier then than later, gave an MFU of 1.27.
+    measured once, on a machine busier then than later, gave an MFU of 1.27. Both together are less work than a block's
+    forward, so that a round of them is short whatever the type costs here.
     """
     tokens = batch_size * (config["input_size"] // config["patch_size"]) ** 2
     width, wide = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
@@ -62,9 +70,9 @@ def step_products(
     return found
 
 
-def best_flop_per_s(products: Mapping[str, Product], timings: Mapping[str, Timing]) -> float:
-    """The highest rate of any product in any round."""
-    return max(one.flops / (min(timings[name].samples_ms) * 1e-3) for name, one in products.items())
+def best_flop_per_s(flops: Mapping[str, int], timings: Mapping[str, Timing]) -> float:
+    """The highest rate of anything in any round; flops: name -> FLOPs of a call."""
+    return max(count / (min(timings[name].samples_ms) * 1e-3) for name, count in flops.items())
 
 
 def copy_bytes_per_s(device: torch.device | str, rounds: int = 9, nbytes: int | None = None) -> float:

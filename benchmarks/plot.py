@@ -14,12 +14,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sra2_fast.errors import InputError
+from lib.outcome import check_can_write
+
+from sra2_fast.errors import InputError, must_be
 
 COLOURS = {"eager": "#9aa5b1", "compile": "#5b8db8", "fused": "#c8553d", "copy": "#3f7d58"}
 OTHER_COLOUR = "#8a6fa8"
+SUFFIXES = (".png", ".svg", ".pdf")
 BESIDE = "launches, or between operators"
 Record = dict[str, Any]
+
+
+def check_can_plot(op: str, option: str, target: str) -> None:
+    """Raises InputError where `target` cannot be drawn: no matplotlib, a suffix it does not know, no such place."""
+    _import_pyplot(op)
+    if Path(target).suffix.lower() not in SUFFIXES:
+        raise must_be(op, option, f"a file ending in {', '.join(SUFFIXES)}", target)
+    check_can_write(op, option, target)
 
 
 def read_records(path: str | Path, keys: Iterable[str]) -> list[Record]:
@@ -61,6 +72,7 @@ def plot_step_time(source: str | Path, target: str | Path) -> None:
     for one in records:
         groups.setdefault(tuple(str(one.get(key)) for key in setting), []).append(one)
     figure, axes = _axes(len(groups), height=2.6)
+    widest = max(one["ms_p80"] for one in records)  # of all panels, so that their bars compare
     for axis, members in zip(axes, groups.values(), strict=True):
         first = members[0]
         medians = [one["ms_median"] for one in members]
@@ -75,7 +87,7 @@ def plot_step_time(source: str | Path, target: str | Path) -> None:
             text = f"{one['ms_median']:.0f} ms" + (f", {overhead:+.1f} %" if overhead is not None else "")
             axis.text(one["ms_p80"], place, "  " + text, va="center", fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.3 * max(one["ms_p80"] for one in members))
+        axis.set_xlim(0, 1.3 * widest)
         compiled = ", compiled" if first.get("compiled") else ""
         axis.set_title(
             f"{first['model']}, batch {first.get('batch_size')}, {first.get('implementation')}, "
@@ -140,25 +152,31 @@ def plot_step_budget(source: str | Path, target: str | Path) -> None:
     _save(figure, target)
 
 
-def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
-    import matplotlib
-
+def _import_pyplot(op: str) -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(f"{op}: a plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(count, 1, figsize=(7.5, height * count), squeeze=False, layout="constrained")
+    return pyplot
+
+
+def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
+    figure, axes = _import_pyplot("plot").subplots(
+        count, 1, figsize=(7.5, height * count), squeeze=False, layout="constrained"
+    )
     return figure, list(axes[:, 0])
 
 
 def _save(figure: Any, target: str | Path) -> None:
-    from matplotlib import pyplot
-
     try:
         figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
         raise InputError(f"plot: cannot write {target}: {error}") from error
     finally:
-        pyplot.close(figure)
+        _import_pyplot("plot").close(figure)
 
 
 PLOTS = {"step_time": plot_step_time, "ops": plot_ops, "step_budget": plot_step_budget}
@@ -169,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot", description="Draw recorded benchmarks.")
     parser.add_argument("kind", choices=tuple(PLOTS))
     parser.add_argument("source", help="JSON lines")
-    parser.add_argument("target", help="PNG or SVG to write")
+    parser.add_argument("target", help="PNG, SVG or PDF to write")
     args = parser.parse_args(argv)
     try:
         PLOTS[args.kind](args.source, args.target)

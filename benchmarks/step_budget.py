@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from lib.budget import Peaks, Record, parts_of, predicted_ms, read_peaks, totals
 from lib.ledger import MARK, Ledger, Operator, trace
+from lib.outcome import check_can_write, exit_code
 from lib.step_parts import ATTENTION_PARTS, PRODUCT_PARTS, REST
 from lib.step_rows import DTYPES, ROWS, Setting, StepRow, resolve_setting
 from lib.timing import append_json_line, commit, environment, interleave, without_profiler_chatter
 from peak import best_flop_per_s, copy_bytes_per_s, step_products
-from step_time import check_can_append
 
 from sra2_fast import backends
 from sra2_fast.errors import InputError, must_be
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
     if args.plot and not args.json:
         raise InputError(f"{OP}: --plot draws what --json FILE holds; give both")
     if args.json:
-        check_can_append(args.json, OP)
+        check_can_write(OP, "--json", args.json)
 
 
 def predict(args: argparse.Namespace) -> Record:
@@ -109,7 +109,9 @@ def measure(args: argparse.Namespace) -> Record:
     products = step_products(setting.config(), setting.batch_size, DTYPES[setting.precision], setting.device)
     calls = {"step": step, **{name: product.call for name, product in products.items()}}
     timings = interleave(calls, device=setting.device, rounds=args.steps, warmup=1)
-    rate = best_flop_per_s(products, timings)
+    flops = {name: product.flops for name, product in products.items()}
+    # Where the step did more than the products, the machine can do as much, and an MFU stays below 1.
+    rate = best_flop_per_s({**flops, "step": step.flops_per_image * setting.batch_size}, timings)
     peaks = Peaks(backends.device_name(setting.device), rate, copy_bytes_per_s(setting.device))
     ms_of = profile(step, ledger)
     record = budget(step, ledger.operators, peaks, ms_of)
@@ -246,25 +248,20 @@ def _time(ms: float, whole_ms: float) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line for input that cannot be used, 1 where the step was wrong."""
     args = parse_arguments(argv)
-    try:
-        check(args)
-        record = measure(args) if args.device else predict(args)
-        if args.json:
-            append_json_line(args.json, record)
-        if args.plot:
-            from plot import plot_step_budget
+    return exit_code(OP, "--batch-size", lambda: run(args))
 
-            plot_step_budget(args.json, args.plot)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not str(error).startswith("step_time:"):
-            raise
-        print(error, file=sys.stderr)
-        return 1
+
+def run(args: argparse.Namespace) -> None:
+    """Check, count, print. Raises InputError naming the option."""
+    check(args)
+    record = measure(args) if args.device else predict(args)
+    if args.json:
+        append_json_line(args.json, record)
+    if args.plot:
+        from plot import plot_step_budget
+
+        plot_step_budget(args.json, args.plot)
     print(table(record))
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Rows: the SiT alone, SRA 2 with cosine and with smooth-L1, SRA (its teacher is the EMA copy that training keeps anyway)
 and REPA (a DINOv2-B-sized encoder run on images every step). A row's GFLOPs are those of a whole training step of one
-image; its MFU is those over the time and over the matrix-product rate measured in the same run.
+image; its MFU is those over the time and over the highest rate measured in the same run, of products or of a step.
 """
 
 from __future__ import annotations
@@ -13,19 +13,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
+from lib.doing import Doing
 from lib.energy import EnergyMeter
-from lib.step_rows import DTYPES, ROWS, Setting, StepRow, add_setting_arguments, prepared, resolve_setting
-from lib.timing import Timing, append_json_line, environment, interleave, paired_ratio, peak_memory_bytes
-from peak import best_flop_per_s, step_products
-from tqdm import tqdm
+from lib.outcome import check_can_write, exit_code
+from lib.step_rows import (
+    DTYPES,
+    ROWS,
+    Setting,
+    StepRow,
+    add_setting_arguments,
+    prepared,
+    resolve_setting,
+    ways_to_be_faster,
+)
+from lib.timing import Timing, append_json_line, environment, interleave, paired_ratio
+from peak import Product, best_flop_per_s, step_products
+from plot import check_can_plot, plot_step_time
 
 from sra2_fast.errors import InputError, must_be
 
-WARMUP = 1
+WARMUP = {"cpu": 0, "cuda": 1}  # rounds; every row has run three steps before, and a CPU has no clocks to bring up
 ROUNDS = (5, 20)  # on a CPU, on a GPU
 ENERGY_SECONDS = 2.0
 
@@ -36,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_setting_arguments(parser, cpu_batch_size=4)
     parser.add_argument("--implementation", choices=("eager", "fused"), help="[fused where its kernels are there]")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
-    parser.add_argument("--plot", metavar="FILE", help="draw what --json FILE holds, as PNG or SVG")
+    parser.add_argument("--plot", metavar="FILE", help="draw what --json FILE holds, as PNG, SVG or PDF")
     return parser.parse_args(argv)
 
 
@@ -52,50 +62,35 @@ def resolve(args: argparse.Namespace) -> tuple[Setting, list[str], int]:
     return setting, list(dict.fromkeys(rows)), args.steps
 
 
-def check_can_append(path: str, op: str = "step_time") -> None:
-    """Raises InputError for a file that cannot be written, before minutes of measuring are lost to it."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as error:
-        raise InputError(f"{op}: --json {path} cannot be written ({error.strerror}); name another file") from error
-
-
 def measure(setting: Setting, rows: list[str], steps: int) -> list[dict[str, object]]:
     """Build, check and time the rows; one record a row, in order.
 
-    Raises InputError for a model that cannot be built, RuntimeError where a step computes something wrong.
+    Raises InputError for a model that cannot be built, WrongStep where a step computes something wrong.
     """
+    warmup = WARMUP[setting.device.type]
     products = step_products(setting.config(), setting.batch_size, DTYPES[setting.precision], setting.device)
-    total = len(rows) * (2 + WARMUP + steps)
-    with tqdm(total=total, desc=f"{setting.model}, batch {setting.batch_size}", unit="step", leave=False) as bar:
+    total = len(rows) * (1 + warmup + steps)
+    title = f"{setting.model}, batch {setting.batch_size}"
+    with Doing("step_time", title, total, ways_to_be_faster(setting)) as doing:
         step_of: dict[str, StepRow] = {}
         peak_bytes: dict[str, int] = {}
         for row in rows:
-            bar.set_postfix_str(f"{row}: build and check")
-            step_of[row] = prepared(row, setting)
-            bar.update()
-            bar.set_postfix_str(f"{row}: memory")
-            peak_bytes[row] = step_of[row].persistent_bytes() + peak_memory_bytes(step_of[row], setting.device)
-            bar.update()
+            step_of[row], peak_bytes[row] = prepared(row, setting, doing)
+            doing.bar.update()
         losses: dict[str, torch.Tensor] = {}
-
-        def after(row: str) -> None:
-            bar.set_postfix_str(row)
-            bar.update(row in rows)
-
         calls = {row: keeping_loss(row, step_of[row], losses) for row in rows}
         # The machine's product rate is measured among the steps: before or after them it may be another machine's.
         calls.update({name: product.call for name, product in products.items()})
-        timings = interleave(calls, device=setting.device, rounds=steps, warmup=WARMUP, on_call=after)
-        product_rate = best_flop_per_s(products, timings)
-        bar.set_postfix_str("energy")
+        after = doing.rounds(tuple(calls), warmup, steps, counted=rows)
+        timings = interleave(calls, device=setting.device, rounds=steps, warmup=warmup, on_call=after)
+        doing("energy")
         joules = joules_per_image(setting, step_of)
     for row in rows:
         step_of[row].check_after(losses[row])
+    rates = measured_rates(step_of, products, timings)
     where = environment(setting.device)
     return [
-        record(step_of[row], timings[row], timings.get("baseline"), step_of.get("baseline"), product_rate)
+        record(step_of[row], timings[row], timings.get("baseline"), step_of.get("baseline"), rates)
         | {"peak_memory_bytes": peak_bytes[row], "joules_per_image": joules.get(row), "steps": steps}
         | {"loss": float(losses[row]), **where}
         for row in rows
@@ -129,8 +124,22 @@ def joules_per_image(setting: Setting, step_of: dict[str, StepRow]) -> dict[str,
     return found
 
 
+def measured_rates(
+    step_of: Mapping[str, StepRow], products: Mapping[str, Product], timings: Mapping[str, Timing]
+) -> dict[str, float]:
+    """FLOP/s of the fastest product, and of the fastest step: where that is higher (in tiny models), it is the better
+    measure of the machine, and with it no MFU is above 1."""
+    flops = {name: product.flops for name, product in products.items()}
+    step_flops = {row: step.flops_per_image * step.setting.batch_size for row, step in step_of.items()}
+    return {"product": best_flop_per_s(flops, timings), "step": best_flop_per_s(step_flops, timings)}
+
+
 def record(
-    step: StepRow, timing: Timing, baseline: Timing | None, baseline_step: StepRow | None, product_rate: float
+    step: StepRow,
+    timing: Timing,
+    baseline: Timing | None,
+    baseline_step: StepRow | None,
+    rates: Mapping[str, float],
 ) -> dict[str, object]:
     """The figures of one row; overhead and GFLOP share are None where the baseline was not measured."""
     setting = step.setting
@@ -146,8 +155,9 @@ def record(
         else None,
         "params_head": step.params_head,
         "params_external": step.params_external,
-        "mfu": step.flops_per_image * images_per_s / product_rate,
-        "product_tflop_per_s": product_rate * 1e-12,
+        "mfu": step.flops_per_image * images_per_s / max(rates.values()),
+        "product_tflop_per_s": rates["product"] * 1e-12,
+        "best_step_tflop_per_s": rates["step"] * 1e-12,
     }
 
 
@@ -162,6 +172,8 @@ def table(records: list[dict[str, object]]) -> str:
     how = f"{first['implementation']}, {first['precision']}" + (", compiled" if first["compiled"] else "")
     head = f"{first['model']}, batch {first['batch_size']}, {how}, {first['device']}, commit {first['commit']}"
     rate = f"matrix products in this run: {first['product_tflop_per_s']:.3g} TFLOP/s"
+    if first["best_step_tflop_per_s"] > first["product_tflop_per_s"]:  # type: ignore[operator]
+        rate += f"; the fastest step did more, so MFU is a share of its {first['best_step_tflop_per_s']:.3g}"
     columns = (
         "row",
         "ext + head M",
@@ -204,36 +216,25 @@ def _percent(value: object) -> str:
     return "-" if value is None else f"{value:+.1f} %"
 
 
+def run(args: argparse.Namespace) -> None:
+    """Measure, record, print, draw."""
+    setting, rows, steps = resolve(args)
+    if args.json:
+        check_can_write("step_time", "--json", args.json)
+    if args.plot:
+        check_can_plot("step_time", "--plot", args.plot)
+    records = measure(setting, rows, steps)
+    for one in records if args.json else []:
+        append_json_line(args.json, one)
+    print(table(records))
+    if args.plot:
+        plot_step_time(args.json, args.plot)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line for input that cannot be used, 1 where a timed step was wrong."""
     args = parse_arguments(argv)
-    try:
-        setting, rows, steps = resolve(args)
-        if args.json:
-            check_can_append(args.json)
-        records = measure(setting, rows, steps)
-        for one in records if args.json else []:
-            append_json_line(args.json, one)
-        print(table(records))
-        if args.plot:
-            from plot import plot_step_time
-
-            plot_step_time(args.json, args.plot)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"step_time: out of GPU memory ({str(error).splitlines()[0]}); try fewer --rows or a smaller --batch-size",
-            file=sys.stderr,
-        )
-        return 2
-    except RuntimeError as error:
-        if not str(error).startswith("step_time:"):
-            raise
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return exit_code("step_time", "--batch-size, or have fewer --rows", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def _norm_rows_bwd_kernel(
 ):  # fmt: skip
     """A result that is not needed, and branch where dgate is not, is None. A program owns slice_rows rows of one
     sample, so what it sums over tokens belongs to one row of the modulation."""
-    piece = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)  # the first axis: the others end at 65,535
+    piece = tl.program_id(1)
     lane_row = tl.arange(0, ROWS)[None, :, None]
     gain = [1.0 + scale for scale in _modulation(scale_ptr + sample * stride_scale, lane_row, WIDTHS, LANES, D)]
     gate = gain  # without a gate it is not used
@@ -186,8 +186,8 @@ def _norm_rows_bwd_kernel(
             if dgate_ptr is not None:
                 dgate = add_tile(dgate, i, terms)
 
-    part = (sample * tl.num_programs(0) + piece) * D
-    one_sum = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
+    part = (sample * tl.num_programs(1) + piece) * D
+    one_sum = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * D
     for i in tl.static_range(len(WIDTHS)):
         columns = tile_columns(i, WIDTHS, LANES)
         if dgate_ptr is not None:
@@ -259,7 +259,7 @@ def norm_rows_bwd(
         tiles = config.backward
         slices, slice_rows = cut_samples(B, N, tiles.rows, BACKWARD_PROGRAMS * multiprocessors(x.device))
         partial = x.new_empty((len(dtypes), B, slices, D), dtype=torch.float32)
-        _norm_rows_bwd_kernel[(slices, B)](
+        _norm_rows_bwd_kernel[(B, slices)](
             dx_new, dy, x, branch if need_dgate else None,
             gate, scale,
             mean, rstd,

@@ -205,10 +205,10 @@ def _sum_slices_kernel(
     slices,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)  # the first axis: the others end at 65,535
     which = tl.program_id(2)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    first = (which.to(tl.int64) * tl.num_programs(1) + sample) * slices
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    first = (which.to(tl.int64) * tl.num_programs(0) + sample) * slices
     total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for start in range(0, slices, BLOCK_S):
         piece = start + tl.arange(0, BLOCK_S)[:, None]
@@ -230,7 +230,7 @@ def sum_slices(partial: torch.Tensor, dtypes: Sequence[torch.dtype]) -> tuple[to
     sums = tuple(torch.empty((B, D), device=partial.device, dtype=dtype) for dtype in dtypes)
     block_d = min(128, triton.next_power_of_2(D))
     block_s = min(16, triton.next_power_of_2(slices))
-    grid = (triton.cdiv(D, block_d), B, count)
+    grid = (B, triton.cdiv(D, block_d), count)
     _sum_slices_kernel[grid](
         partial, sums[0], sums[min(1, count - 1)], sums[-1], slices, D=D, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4
     )

@@ -6,6 +6,11 @@ code 2; from Python it is an ordinary ValueError (or TypeError). Broken invarian
 
 from __future__ import annotations
 
+import errno
+
+# torch says out of memory as a plain RuntimeError on a CPU, and where cuBLAS finds no room for its workspace.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names it and says what to do."""
@@ -26,7 +31,8 @@ def must_have_type(op: str, argument: str, expected: object, got: object) -> Inp
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory, on a GPU or a CPU (whose allocator raises a plain RuntimeError)."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    is_said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return isinstance(error, MemoryError) or is_said
+    """Whether `error` says that memory ran out, on a GPU or a CPU; it is for the user to lower something then."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_torch = isinstance(error, RuntimeError)  # torch.OutOfMemoryError is one
+    return isinstance(error, MemoryError) or (is_torch and any(words in str(error) for words in _OUT_OF_MEMORY))

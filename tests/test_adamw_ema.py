@@ -266,6 +266,23 @@ def test_one_step_with_lesser_instructions(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_autograd_notices_that_a_step_changed_a_weight_it_had_saved(implementation: str) -> None:
+    """The kernels wrote without moving the tensors' versions, so a backward through an old graph was silently wrong."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = AdamWEMA([weight], lr=0.1, implementation=implementation)
+    x = torch.ones(3, requires_grad=True)
+    weight.grad = torch.ones(3)
+    graph = (x * weight).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        graph.backward()
+    versions = [t._version for t in (weight, *(opt.state[weight][n] for n in ("exp_avg", "exp_avg_sq", "ema")))]
+    opt.step()
+    after = [t._version for t in (weight, *(opt.state[weight][n] for n in ("exp_avg", "exp_avg_sq", "ema")))]
+    assert all(a > b for a, b in zip(after, versions, strict=True))
+
+
 def test_the_tolerance_of_a_trajectory_can_fail() -> None:
     """A hundred steps without bias correction, or with the clip left out, are far outside."""
     start, steps = make(FEW), 20

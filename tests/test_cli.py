@@ -11,6 +11,8 @@ import pytest
 from sra2_fast import __version__
 from sra2_fast.cli import COMMANDS, main
 
+pytestmark = pytest.mark.training
+
 TINY_RUN = [
     "train",
     "--model",
@@ -96,3 +98,8 @@ def test_the_module_is_the_command(root: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "sra2-fast train: --steps must be at least 1, got 0\n"
+
+
+def test_the_package_is_the_command_too(root: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "sra2_fast", "--version"], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (0, f"sra2-fast {__version__}\n"), done.stderr

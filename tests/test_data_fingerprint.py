@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sra2_fast.data import open_data
+from sra2_fast.data import source as source_module
 from sra2_fast.data.layouts.shards import shard_name, write_index, write_shard
 
 COUNT, SHAPE = 6, (4, 8, 8)
@@ -78,6 +79,12 @@ def test_the_path_and_what_decides_nothing_are_not_part_of_it(
     assert open_data(write(tmp_path / "b", **harmless)).fingerprint() == want
     monkeypatch.chdir(tmp_path)
     assert open_data("a/").fingerprint() == want
+
+
+def test_every_label_of_a_vae_sd_folder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "FINGERPRINT_SAMPLES", 2)  # the first and the last; the fifth label changes
+    before = open_data(write_vae_sd(tmp_path)).fingerprint()
+    assert open_data(write_vae_sd(tmp_path, label=1)).fingerprint() != before
 
 
 def test_options_are_part_of_it(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sra2_fast import LossOutput, SiT, SRA2Loss
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 BATCH = 4
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,6 +17,8 @@ from repository import ROOT
 
 from sra2_fast import backends, cli
 
+pytestmark = pytest.mark.slow
+
 COMPILER = shutil.which("c++")
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -208,9 +210,10 @@ def test_status_says_why_the_extension_is_missing(other_folder):
 
 def test_a_library_that_does_not_load_is_reported(other_folder, monkeypatch):
     (other_folder / "_C_cpu.so").write_bytes(b"not a library")
-    assert "cannot load _C_cpu.so" in backends._load_extension("cpu")[1]
+    assert "cannot load _C_cpu.so" in backends.status()["cpu_extension"]
     monkeypatch.setattr(torch, "__version__", "2.9.1")
-    assert backends._load_extension("cpu") == (False, "not loaded: torch 2.9.1 is older than 2.10")
+    assert not backends.has_extension("cpu")
+    assert backends.status()["cpu_extension"].startswith("not loaded: torch 2.9.1 is older than 2.10")
 
 
 @needs_compiler
@@ -220,14 +223,16 @@ def test_a_driver_that_is_too_old_is_reported(other_folder, monkeypatch):
     library = other_folder / "_C_cuda.so"
     subprocess.run([COMPILER, "-x", "c", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "has no CUDA" in backends._load_extension("cuda")[1]
+    assert "has no CUDA" in backends.status()["cuda_extension"]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no usable GPU or driver" in backends._load_extension("cuda")[1]
+    assert "no usable GPU or driver" in backends.status()["cuda_extension"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "_driver_version", lambda: "535.1")
+    monkeypatch.setattr(backends, "_why_not_importable", lambda name: "not installed")
     message = "not loaded: built with CUDA 13.0, the driver (535.1) is too old for it"
-    assert backends._load_extension("cuda") == (False, message)
+    assert not backends.has_extension("cuda")
+    assert backends.choose("layer_norm_modulate", "cuda").why_not_better.endswith(message)
 
 
 def test_info_prints_everything_status_knows(capsys):

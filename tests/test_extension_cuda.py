@@ -20,6 +20,8 @@ from tolerance import assert_close
 from sra2_fast.reference import gated_residual_layer_norm_modulate as gated_reference
 from sra2_fast.reference import layer_norm_modulate as reference
 
+pytestmark = pytest.mark.slow
+
 SOURCES = sorted((ROOT / "csrc").glob("*_cuda.cu"))
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
 F32, BF16 = torch.float32, torch.bfloat16

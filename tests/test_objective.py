@@ -35,7 +35,7 @@ def path_by_hand(path: str, z: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -
 
 
 def alignment_by_hand(kind: str, p: torch.Tensor, target: torch.Tensor, beta: float) -> float:
-    """The sums of DESIGN section 1, one token after the other."""
+    """The sums of docs/method.md, one token after the other."""
     p, target = p.reshape(-1, p.shape[-1]), target.reshape(-1, target.shape[-1])
     values = []
     for a, b in zip(p.tolist(), target.tolist(), strict=True):

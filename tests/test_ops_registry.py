@@ -12,7 +12,7 @@ from sra2_fast import backends, ops
 from sra2_fast.errors import InputError
 from sra2_fast.models import SiT
 from sra2_fast.ops import adamw_ema  # noqa: F401  (registers its operators)
-from sra2_fast.ops.registry import ADAPTERS
+from sra2_fast.ops.registry import ADAPTERS, on_its_device
 
 OPERATORS = (
     "adamw_ema_norm",
@@ -105,3 +105,24 @@ def test_forward_mode_through_the_kernels_is_refused_not_zero() -> None:
     numeric = (eager(x + step, t, y) - eager(x - step, t, y)) / (2 * step)
     assert float(tangent.norm()) > 0.1
     torch.testing.assert_close(tangent, numeric, rtol=1e-2, atol=1e-2 * float(numeric.abs().max()))
+
+
+def test_an_adapter_runs_with_the_device_of_its_first_tensor_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor on cuda:1 while cuda:0 is current: the launch went to cuda:0 with cuda:1's addresses."""
+    entered: list[torch.Tensor] = []
+
+    class DeviceOf:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            entered.append(tensor)
+
+        def __enter__(self) -> None:
+            entered.append(torch.ones(1))
+
+        def __exit__(self, *error: object) -> None:
+            entered.append(torch.zeros(1))
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    call = on_its_device(lambda *arguments: (len(entered), arguments))
+    x = torch.randn(3)
+    assert call(x, 4, 5) == (2, (x, 4, 5)) and entered[0] is x and len(entered) == 3
+    assert call([x, x], 6) == (5, ([x, x], 6)) and entered[3] is x

@@ -239,17 +239,19 @@ def test_a_damaged_shard_is_not_made_anew_from_other_pictures(
     assert contents(out) == before and not sizes
 
 
+@pytest.mark.parametrize("shards", [(), ONE_SHARD])
 def test_pictures_changed_before_the_end_are_encoded_again(
-    own_photos: Path, vae_path: Path, tmp_path: Path, stop_at: StopAt
+    own_photos: Path, vae_path: Path, tmp_path: Path, stop_at: StopAt, shards: tuple[str, ...]
 ) -> None:
+    """Whether a whole shard was made from them, or a part of one."""
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     swap(own_photos, "china/0.png", "flower/0.png")
-    stop_at(6, KeyboardInterrupt)
-    assert main(command(own_photos, vae_path, out)) == 130
+    stop_at(7, KeyboardInterrupt)
+    assert main(command(own_photos, vae_path, out, *shards)) == 130
     swap(own_photos, "china/0.png", "flower/0.png")
     stop_at()
-    assert main(command(own_photos, vae_path, out)) == 0
-    assert main(command(own_photos, vae_path, fresh)) == 0
+    assert main(command(own_photos, vae_path, out, *shards)) == 0
+    assert main(command(own_photos, vae_path, fresh, *shards)) == 0
     assert contents(out) == contents(fresh) and open_data(out).num_samples == COUNT
 
 

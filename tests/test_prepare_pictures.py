@@ -90,6 +90,13 @@ def test_sixteen_bit_grey_levels_keep_their_range(format: str) -> None:
     assert (got == np.rint(levels / 257).astype(np.int64)[..., None]).all()
 
 
+def test_sixteen_bits_as_early_versions_of_pillow_open_them() -> None:
+    picture = Image.fromarray(np.array([[0, 257], [65535, 514]], np.int32))
+    picture.format = "PNG"
+    rgb, kinds = to_rgb(picture)
+    assert kinds == ["16-bit"] and np.asarray(rgb)[..., 0].tolist() == [[0, 1], [255, 2]]
+
+
 def test_twelve_bits_of_a_tiff_are_scaled_by_twelve() -> None:
     levels = np.array([[0, 4095], [2048, 1024]])
     packed = b"".join(struct.pack(">I", int(a) << 12 | int(b))[1:] for a, b in levels)
@@ -207,6 +214,14 @@ def test_the_first_of_several_frames(photo: np.ndarray, format: str) -> None:
     assert kinds == ["first of several frames"]
     want = np.asarray(frames[0].quantize(256).convert("RGB")) if format == "GIF" else photo
     assert np.abs(got - want).mean() < (8 if format == "GIF" else 1e-9)
+
+
+def test_the_previews_in_a_phone_s_jpeg_are_no_frames(photo: np.ndarray) -> None:
+    data = saved(Image.fromarray(photo), format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 2
+    got, kinds = read(data)
+    assert kinds == [] and got.shape == photo.shape
 
 
 # What is hard to read

@@ -25,6 +25,8 @@ from sra2_fast.train.grid import HEADER
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -149,14 +151,8 @@ def test_the_run_folder_tells_what_ran(tmp_path: Path) -> None:
     assert kept == ["step-00000008", "step-00000010"]
     assert any((tmp_path / "tensorboard").iterdir())
     latents = load_checkpoint(final(tmp_path, 10)).state["latents"]
-    assert latents == {
-        "kind": "grayscale",
-        "shift": [8.0],
-        "scale": [0.125],
-        "white": 16.0,
-        "vae": None,
-        "vae_fingerprint": None,
-    }
+    numbers = {"shift": [8.0], "scale": [0.125], "white": 16.0}
+    assert latents == {"kind": "grayscale", **numbers, "vae": None, "vae_fingerprint": None}
 
 
 def test_samples_repeat_their_noise_and_labels(tmp_path: Path) -> None:
@@ -255,10 +251,7 @@ def test_a_full_disk_at_a_later_checkpoint_keeps_the_earlier_one(
 
     def full_later(folder: Path, step: int, **parts: Any) -> Path:
         if step > 10:
-            monkeypatch.setattr(
-                "sra2_fast.checkpoints.training._fsync",
-                lambda path: (_ for _ in ()).throw(OSError(28, "No space left")),
-            )
+            monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
         return real(folder, step, **parts)
 
     monkeypatch.setattr(loop, "save_checkpoint", full_later)

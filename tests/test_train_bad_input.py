@@ -20,6 +20,8 @@ from sra2_fast.train import TrainOptions, build, loop
 from sra2_fast.train.loop import train
 from sra2_fast.train.run_directory import RunDirectory
 
+pytestmark = pytest.mark.training
+
 BASE = TrainOptions(
     out="unset", model="16,2,2,4", batch_size=4, steps=4, sample_every=0, precision="fp32", device="cpu", log_every=2
 )
@@ -195,7 +197,7 @@ def test_lines_of_metrics_that_are_no_records_are_dropped(finished: Path) -> Non
 def test_a_full_disk_for_metrics_is_named(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.open_metrics(0)
-    directory._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the device whose writes fail
+    directory.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the device whose writes fail
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(No space left on device\); free some"):
         directory.log({"step": 1, "loss": 1.0})
     directory.close()

@@ -14,6 +14,8 @@ from runs import final, records, tiny
 from sra2_fast.train.diagnosis import NonFiniteLoss, StepHistory, name_terms
 from sra2_fast.train.loop import Trainer, train
 
+pytestmark = pytest.mark.training
+
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_of_before(trainer: Callable[..., Trainer]) -> None:
     """lr 1e30 makes weights of 1e30 in step 1, so the loss of step 2 overflows; the host looks at step 10 only."""

@@ -15,6 +15,8 @@ from runs import assert_same_checkpoint, final, tiny
 from sra2_fast.train.interrupt import Interrupt, Interrupted
 from sra2_fast.train.loop import Trainer, train
 
+pytestmark = pytest.mark.training
+
 
 def signal_in_the_middle_of_a_grid(run: Trainer, number: signal.Signals) -> list[int]:
     """The signal comes at the third model call of the first grid; returns where the calls are counted."""

@@ -12,6 +12,8 @@ from photos import SIZE
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.cli import main
 
+pytestmark = pytest.mark.training
+
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("diffusers")
 pytest_plugins = ["photos"]

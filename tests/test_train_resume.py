@@ -18,6 +18,8 @@ from sra2_fast.data.layouts.shards import shard_name, write_index, write_shard
 from sra2_fast.errors import InputError
 from sra2_fast.train.loop import train
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:

@@ -11,6 +11,8 @@ from runs import final, tiny
 from sra2_fast.train.loop import train
 from sra2_fast.train.scalars import Scalars
 
+pytestmark = pytest.mark.training
+
 pytest.importorskip("tensorboard")
 
 
@@ -63,7 +65,7 @@ def test_a_folder_that_cannot_be_written_costs_one_line_and_not_the_run(
 
 def test_a_full_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scalars = Scalars(tmp_path, 1)
-    scalars._path = Path("/dev/full")
+    scalars.path = Path("/dev/full")
     for step in (1, 2, 3):
         scalars.log({"step": step, "loss": 1.0})
     assert capsys.readouterr().out.count("no more TensorBoard: /dev/full (No space left on device)") == 1

@@ -17,6 +17,8 @@ from sra2_fast.recipe import UpdateSchedule
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import StepResult, TrainStep
 
+pytestmark = pytest.mark.training
+
 CPU = torch.device("cpu")
 
 

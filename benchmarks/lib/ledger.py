@@ -24,11 +24,11 @@ from sra2_fast import backends
 from sra2_fast.layers import plain
 
 from . import step_parts
-from .step_parts import CASTS, FROZEN_PRODUCTS, NAMELESS_PRODUCTS
+from .step_parts import CASTS, FROZEN_PRODUCTS
 from .step_rows import Setting, StepRow
 
 MARK = "step part: "  # what `Ledger(marks=True)` puts before a part's name in a profile
-_COPIES = ("_to_copy", "clone", "copy_", "cat", "stack")
+_COPIES = ("_to_copy", "clone", "copy_", "_foreach_copy_", "cat", "stack")
 
 
 class Operator(NamedTuple):
@@ -91,7 +91,7 @@ class Ledger(TorchDispatchMode):
             product = source.product
         part = step_parts.part_by_name(func._schema.name)
         if part is None and step_parts.is_product(func):
-            part = product or NAMELESS_PRODUCTS
+            part = product or step_parts.product_by_caller()
         is_named = part is not None
         if part is None:
             part = step_parts.part_by_caller(tensors) if source is None else source.part
@@ -104,12 +104,13 @@ class Ledger(TorchDispatchMode):
         return CASTS if step_parts.is_cast(func, args, kwargs) else step_parts.part_beside(part, func._schema.name)
 
     def _follow(self, func: Any, tensors: list[Tensor], out: Any) -> None:
-        """A copy of a weight stands for the weight."""
-        if func._schema.name.split("::")[-1] not in _COPIES:
+        """A copy of a weight stands for the weight; so does a matrix that weights were copied into."""
+        name = func._schema.name.split("::")[-1]
+        if name not in _COPIES:
             return
         product = next(filter(None, (self._products.get(_storage(t)) for t in tensors)), None)
         if product is not None:
-            self._products.setdefault(_storage(out), product)
+            self._products.setdefault(_storage(tensors[0] if name == "_foreach_copy_" else out), product)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

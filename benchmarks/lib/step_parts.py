@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ _BY_FILE = {
     "sra2_fast/layers/attention.py": STACKING,
     "sra2_fast/layers/block.py": NORMS,
     "sra2_fast/layers/conditioning.py": CONDITIONING,
+    "sra2_fast/layers/modulation.py": CONDITIONING,
     "sra2_fast/layers/patch_embedding.py": CONDITIONING,
     "sra2_fast/models/sit.py": CONDITIONING,
     "sra2_fast/objective/terms.py": LOSS,
@@ -88,13 +89,21 @@ def part_by_caller(tensors: Sequence[Tensor]) -> str:
 
     In a block, what has no dimension of tokens is the conditioning.
     """
+    part = next(filter(None, (_part_of_file(name) for name in _calling_files())), OTHER)
+    return CONDITIONING if part == NORMS and all(t.dim() < 3 for t in tensors) else part
+
+
+def product_by_caller() -> str:
+    """The part of a product without a weight among its factors: the gradient of the adaLN weights, all at once."""
+    is_adaln = any(name.endswith("sra2_fast/layers/modulation.py") for name in _calling_files())
+    return "adaLN product" if is_adaln else NAMELESS_PRODUCTS
+
+
+def _calling_files() -> Iterator[str]:
     frame = sys._getframe(1)
     while frame is not None:
-        part = _part_of_file(frame.f_code.co_filename)
-        if part is not None:
-            return CONDITIONING if part == NORMS and all(t.dim() < 3 for t in tensors) else part
+        yield frame.f_code.co_filename
         frame = frame.f_back  # type: ignore[assignment]
-    return OTHER
 
 
 @functools.cache
@@ -179,7 +188,7 @@ def bytes_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     return total
 
 
-_OVERWRITING = ("copy_", "zero_", "fill_")
+_OVERWRITING = ("copy_", "_foreach_copy_", "zero_", "fill_")
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -205,5 +214,7 @@ _FREE = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense")
 
 
 def is_cast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether the operator only changes its argument's dtype."""
+    """Whether the operator only changes its argument's dtype, or that of a list of them."""
+    if func is torch.ops.aten._foreach_copy_.default:
+        return args[0][0].dtype != args[1][0].dtype
     return func is torch.ops.aten._to_copy.default and kwargs.get("dtype") not in (None, args[0].dtype)

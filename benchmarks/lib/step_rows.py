@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,14 @@ from sra2_fast.errors import InputError, must_be
 from sra2_fast.models import model_sizes
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.allocator import keep_freed_memory
+from sra2_fast.train.build import compile_blocks
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import TrainStep
 
 from .counting import count_parameters, projector_forward_flops, sit_forward_flops, training_flops
+from .outcome import WrongStep
 from .public_optimizer import PublicOptimizer
+from .timing import peak_memory_bytes
 
 METHODS = {  # row: what is aligned with what, and how
     "baseline": ("vae", None),
@@ -200,7 +203,11 @@ class StepRow:
         )
 
     def _compiled(self, network: Any) -> Any:
-        return torch.compile(network) if self.setting.is_compiled and network is not None else network
+        """As training has it, block by block; what is public is compiled as a whole, the strongest rival."""
+        if not self.setting.is_compiled or network is None:
+            return network
+        is_ours = isinstance(network, SiT) and self.setting.implementation == "fused"
+        return compile_blocks(network) if is_ours else torch.compile(network)
 
     def _optimizer(self) -> AdamWEMA | PublicOptimizer:
         if self.setting.implementation == "eager":
@@ -254,7 +261,7 @@ class StepRow:
     def check(self) -> None:
         """Hold the step's loss and gradient norm to a float32 eager model of the same weights; before the first step.
 
-        Raises RuntimeError where they differ by more than the precision explains. Skipped for what is that model.
+        Raises WrongStep where they differ by more than the precision explains. Skipped for what is that model.
         """
         setting = self.setting
         if (setting.implementation, setting.precision, setting.is_compiled) == ("eager", "fp32", False):
@@ -267,8 +274,8 @@ class StepRow:
         limit = self.allowed_error()
         for what, value, want in (("loss", float(got.detach()), want_loss), ("gradient norm", norm, want_norm)):
             if not abs(value - want) <= limit * abs(want):  # written so that NaN fails
-                raise RuntimeError(
-                    f"step_time: row {self.row}: {what} is {value:.6g}, a float32 eager model says {want:.6g}; "
+                raise WrongStep(
+                    f"row {self.row}: {what} is {value:.6g}, a float32 eager model says {want:.6g}; "
                     f"allowed is a relative difference of {limit:.1e}"
                 )
 
@@ -301,25 +308,40 @@ class StepRow:
         return total, grad_norm(reference)
 
     def check_after(self, last_loss: torch.Tensor) -> None:
-        """Raises RuntimeError unless the last loss and all weights are finite and the weights have moved."""
+        """Raises WrongStep unless the last loss and all weights are finite and the weights have moved."""
         if not bool(torch.isfinite(last_loss)):
-            raise RuntimeError(f"step_time: row {self.row}: the loss became {float(last_loss)}")
+            raise WrongStep(f"row {self.row}: the loss became {float(last_loss)}")
         weight = self.sit.final_layer.linear.weight
         if not bool(torch.isfinite(weight).all()) or not bool((weight != self._weight_before).any()):
-            raise RuntimeError(f"step_time: row {self.row}: the timed steps did not train the model")
+            raise WrongStep(f"row {self.row}: the timed steps did not train the model")
 
     def remember(self) -> None:
         """Keep one weight, so that `check_after` sees whether the steps trained."""
         self._weight_before = self.sit.final_layer.linear.weight.detach().clone()
 
 
-def prepared(row: str, setting: Setting) -> StepRow:
-    """The row, checked, after a first step: compiled, its optimizer's state there."""
+def prepared(row: str, setting: Setting, doing: Callable[[str], None]) -> tuple[StepRow, int]:
+    """The row, checked, after its first steps: compiled, its optimizer's state there; and its peak memory in bytes.
+
+    doing: told what begins.
+    """
+    name = f"row {row}, {setting.implementation}"
+    doing(f"{name}, building")
     step = StepRow(row, setting)
+    doing(f"{name}, checking against the float32 model")
     step.check()
     step.remember()
+    doing(f"{name}, first step")
     step()
-    return step
+    doing(f"{name}, memory")
+    return step, step.persistent_bytes() + peak_memory_bytes(step, setting.device)
+
+
+def ways_to_be_faster(setting: Setting) -> str:
+    """What to tell who waits."""
+    is_emulated = setting.precision == "bf16" and not backends.is_bf16_fast(setting.device)
+    precision = "--precision fp32 (this machine emulates bf16), " if is_emulated else ""
+    return precision + "a smaller --batch-size or --model, fewer rows or --steps"
 
 
 def fill_zeros(model: nn.Module) -> None:

@@ -103,6 +103,6 @@ def _check_spread(source: LatentSource) -> None:
     if spread < least or spread > most:
         warning = (
             f"{source.name}: the standard deviation of the normalised latents is {spread:.3g}, far from the noise's 1; "
-            "check the scale (--latent-scale where none is recorded) and the shift"
+            "check the scale (--latent-scale, where none is recorded)"
         )
         source.notes = [*source.notes, warning]

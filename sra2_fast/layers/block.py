@@ -17,6 +17,7 @@ from ..ops import layer_norm_modulate as _norm_op
 from ..ops.gated_residual_layer_norm_modulate import eager as _gated_eager
 from ..ops.layer_norm_modulate import eager as _norm_eager
 from .attention import Attention
+from .modulation import adaln_head
 
 EPS = 1e-6
 
@@ -81,7 +82,7 @@ class SiTBlock(nn.Module):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = adaln_head(hidden_size, 6)
         self.norm = AdaLayerNorm(implementation)
 
     def forward(
@@ -110,7 +111,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, implementation: str) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = adaln_head(hidden_size, 2)
         self.norm = AdaLayerNorm(implementation)
 
     def forward(self, stream: Tensor | PendingResidual, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:

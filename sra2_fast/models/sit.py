@@ -19,6 +19,7 @@ from ..errors import InputError, must_be
 from ..layers import checks
 from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
 from ..layers.conditioning import LabelEmbedder, TimestepEmbedder
+from ..layers.modulation import modulate_all
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
 from ..layers.plain import is_plain, watched
 from ..layers.projector import build_projector, readable_last
@@ -170,7 +171,8 @@ class SiT(nn.Module):
         if return_hidden is not None:
             if not 1 <= return_hidden <= self.depth:
                 raise must_be("SiT", "return_hidden", f"a block from 1 to {self.depth}", return_hidden)
-            return closed(self._run_blocks(*self._embed(x, t, y, force_drop_ids), 0, return_hidden))
+            tokens, c = self._embed(x, t, y, force_drop_ids)
+            return closed(self._run_blocks(tokens, c, self._modulations(c, return_hidden), 0, return_hidden))
         velocity_tokens, hidden = self.velocity_and_hidden(x, t, y, force_drop_ids, tap)
         if loss_inputs is not None:
             return loss_inputs.evaluate(self, velocity_tokens, hidden)
@@ -185,11 +187,24 @@ class SiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Velocity tokens (B, N, P), and the tokens (B, N, D) after block `tap` (0: what enters the first block)."""
         tokens, c = self._embed(x, t, y, force_drop_ids)
-        hidden = closed(self._run_blocks(tokens, c, 0, tap))
-        stream = self._run_blocks(hidden, c, tap, self.depth)
+        modulations = self._modulations(c, self.depth + 1)
+        hidden = closed(self._run_blocks(tokens, c, modulations, 0, tap))
+        stream = self._run_blocks(hidden, c, modulations, tap, self.depth)
         if not is_plain(self.final_layer, FinalLayer):
-            stream = closed(stream)
-        return self._velocity_half(self.final_layer(stream, c)), hidden
+            return self._velocity_half(self.final_layer(closed(stream), c)), hidden
+        return self._velocity_half(self.final_layer(stream, c, modulations[-1])), hidden
+
+    def _modulations(self, c: Tensor, count: int) -> list[Tensor | None]:
+        """What the adaLN heads of the first `count` of the blocks and the final layer make of c, all at once.
+
+        None where a block or a head has to compute its own: `block(x, c)` is all that hooks and wrappers know.
+        """
+        if self.implementation != "fused":
+            return [None] * count
+        layers: list[tuple[Any, type[nn.Module]]] = [(block, SiTBlock) for block in self.blocks]
+        layers.append((self.final_layer, FinalLayer))
+        heads = [layer.adaLN_modulation if is_plain(layer, kind) else None for layer, kind in layers[:count]]
+        return modulate_all(heads, c)
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) and conditioning (B, D)."""
@@ -197,22 +212,25 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids=force_drop_ids)
         return self.x_embedder(x) + self.pos_embed, c
 
-    def _run_blocks(self, tokens: Tensor, c: Tensor, start: int, stop: int) -> Tensor | PendingResidual:
+    def _run_blocks(
+        self, tokens: Tensor, c: Tensor, modulations: list[Tensor | None], start: int, stop: int
+    ) -> Tensor | PendingResidual:
         """The stream after block `stop`, given the tokens after block `start`.
 
         A block that is not plain gets and gives closed tokens. So does every block where blocks are checkpointed: a
         checkpoint keeps its block's inputs, and an open residual would be two of (B, N, D), not one.
         """
         stream: Tensor | PendingResidual = tokens
-        for block in islice(self.blocks, start, stop):
+        for block, modulation in zip(islice(self.blocks, start, stop), modulations[start:stop], strict=True):
             if self.checkpoint_blocks or not is_plain(block, SiTBlock):
                 stream = closed(stream)
             elif isinstance(stream, Tensor):
                 stream = PendingResidual(stream)
+            given = (stream, c) if modulation is None else (stream, c, modulation)
             if self.checkpoint_blocks and self.training:
-                stream = checkpoint(block, stream, c, use_reentrant=False)
+                stream = checkpoint(block, *given, use_reentrant=False)
             else:
-                stream = block(stream, c)
+                stream = block(*given)
         return stream
 
     def _velocity_half(self, tokens: Tensor) -> Tensor:

@@ -70,6 +70,9 @@ def adamw_ema_step(tensors: AdamWEMATensors, norm: Tensor, settings: AdamWEMASet
     clip = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [])
     _step(*lists, t.steps, norm, *settings._replace(ema_decay=decay, max_grad_norm=clip))
+    # The kernels write past autograd: without this it would not notice that a saved weight has changed since.
+    for written in (t.params, t.exp_avgs, t.exp_avg_sqs, t.emas or []):
+        torch.autograd.graph.increment_version(written)
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:

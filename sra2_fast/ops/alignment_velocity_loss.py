@@ -28,7 +28,7 @@ _FUSED_ON = backends.fused_devices(_OP)
 
 
 def alignment_loss(projection: Tensor, target: Tensor, align: str, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
-    """The distance of projection and target tokens, a float32 mean (DESIGN section 1; arXiv 2601.17830).
+    """The distance of projection and target tokens, a float32 mean (docs/method.md; arXiv 2601.17830).
 
     projection, target: (B, N, P) - compared in float32 (float64 stays).
     align: cosine (negative, per token), smooth_l1 (with beta), mse or l1 (means over elements).

@@ -43,11 +43,22 @@ def operator(
         torch.library.register_fake(f"sra2_fast::{name}", fake, lib=library)
         chosen = backends.choose(op, "cuda").backend
         if chosen in adapters:
-            library.impl(name, adapters[chosen], "CUDA")
+            library.impl(name, on_its_device(adapters[chosen]), "CUDA")
         # The overload itself: a call through the packet costs 11 us more.
         return getattr(torch.ops.sra2_fast, name).default
 
     return register
+
+
+def on_its_device(adapter: Adapter) -> Adapter:
+    """The adapter with the device of its first tensor current: a kernel is launched on the current one, whichever that
+    is, with addresses of another."""
+
+    def call(first: Tensor | Sequence[Tensor], *others: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return adapter(first, *others)
+
+    return call
 
 
 def launchers(op: str) -> ModuleType:

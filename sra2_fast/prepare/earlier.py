@@ -68,7 +68,7 @@ def survey(
     pictures = _indexed_pictures(out)
     shards: dict[int, Shard] = {}
     works = []
-    bar = progress_bar(total=len(images.files), unit="image", desc="comparing with images", disable=not is_shards(out))
+    bar = progress_bar(total=len(images.files), unit="image", desc="comparing with images", delay=2.0)
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
         for job in jobs:
             shard = finished_shard(out, job.name, job.key)

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..progress import progress_bar
 from .convert import UNREADABLE, to_rgb
 from .crop import center_crop
 from .listing import ImageList
@@ -90,19 +91,29 @@ def read_square(data: bytes, size: int) -> tuple[np.ndarray, list[str]]:
 def check_classes(images: ImageList, size: int) -> None:
     """Raise an InputError for a class of which no image can be read: the model would have no sample of it."""
     starts = np.searchsorted(images.labels, np.arange(len(images.class_names) + 1))
-    for name, start, end in zip(images.class_names, starts[:-1], starts[1:], strict=True):
-        why = ""
-        for file in images.files[start:end]:
-            try:
-                read_square((images.folder / file).read_bytes(), size)
-                break
-            except UNREADABLE as error:
-                why = why or f"{file}: {reason(error)}"
-        else:
+    for label, name in enumerate(
+        progress_bar(iterable=images.class_names, unit="class", desc="checking classes", delay=2.0, leave=False)
+    ):
+        files = images.files[starts[label] : starts[label + 1]]
+        why = _why_none(images.folder, files, size)
+        if why is not None:
             raise InputError(
-                f"prepare: none of the {end - start} images in class folder {images.folder / name} can be read "
-                f"({why}); repair them or remove the folder"
+                f"prepare: none of the {len(files)} images in class folder {images.folder / name} can be read ({why}); "
+                "repair them or remove the folder"
             )
+
+
+def _why_none(folder: Path, files: list[str], size: int) -> str | None:
+    """What is wrong with the first of the files; None if any of them can be read."""
+    why = None
+    for file in files:
+        try:
+            read_square((folder / file).read_bytes(), size)
+        except UNREADABLE as error:
+            why = why or f"{file}: {reason(error)}"
+        else:
+            return None
+    return why
 
 
 def mark_texts(marks: torch.Tensor) -> list[str]:

@@ -25,6 +25,7 @@ from .. import backends
 from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
 from ..errors import InputError, is_out_of_memory
+from ..models import SiT
 from ..progress import progress_bar
 from ..vae.decode import make_decoder
 from . import build
@@ -118,8 +119,8 @@ class Trainer:
         """The steps done so far."""
         return self.take_step.step
 
-    def _compiled(self, model: torch.nn.Module) -> torch.nn.Module:
-        return cast(torch.nn.Module, torch.compile(model)) if self.options.compile else model
+    def _compiled(self, model: SiT) -> SiT:
+        return build.compile_blocks(model) if self.options.compile else model
 
     def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
@@ -195,7 +196,8 @@ class Trainer:
         if bad is not None:
             step = self.step - len(rows) + bad
             batch = next(iter(self._batches(step, 1)))
-            activations = largest_activations(self.model, lambda: self.take_step.losses(self.model, batch, step))
+            with torch.compiler.set_stance("force_eager"):
+                activations = largest_activations(self.model, lambda: self.take_step.losses(self.model, batch, step))
             raise NonFiniteLoss(describe(step + 1, rows[bad], activations, self.checkpoint))
         return rows
 
@@ -284,7 +286,9 @@ class Trainer:
         path = self.directory.samples / f"step-{self.step:08d}.png"
         watch = self.model.register_forward_pre_hook(lambda module, inputs: interrupt.check())
         try:
-            with self.optimizer.swap_ema(self.model), self.take_step.autocast():
+            # Other batch sizes and no gradients: compiled, the few calls of a grid would wait for their own code.
+            eagerly = torch.compiler.set_stance("force_eager")
+            with eagerly, self.optimizer.swap_ema(self.model), self.take_step.autocast():
                 latents = self.grid.sample(self.model, self.device)
             write_png(self.grid.picture(latents), path)
         except Interrupted:

@@ -4,7 +4,7 @@ OUT/config.json                  every option, what it became, versions, the mac
 OUT/metrics.jsonl                one object a log point; a resumed run goes on where its checkpoint stood
 OUT/tensorboard/                 the same numbers as scalars, where tensorboard is installed
 OUT/samples/step-00000040.png
-OUT/checkpoints/step-00000040/   see sra2_fast/checkpoint.py
+OUT/checkpoints/step-00000040/   see sra2_fast/checkpoints/training.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RunDirectory:
         is_new = not self.path.exists()
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
-        self._metrics: IO[str] | None = None
+        self.metrics: IO[str] | None = None
         self._scalars: Scalars | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,22 +67,22 @@ class RunDirectory:
             temporary = self.path / ".metrics.jsonl.partial"
             temporary.write_text("".join(kept))
             temporary.rename(path)
-            self._metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         with contextlib.suppress(ImportError):
             self._scalars = Scalars(self.path / "tensorboard", last_step + 1)
 
     def log(self, record: dict[str, float]) -> None:
         """One line of metrics.jsonl and one scalar a number."""
-        assert self._metrics is not None
+        assert self.metrics is not None
         with self._disk_errors("metrics.jsonl"):
-            self._metrics.write(json.dumps(record) + "\n")
+            self.metrics.write(json.dumps(record) + "\n")
         if self._scalars is not None:
             self._scalars.log(record)
 
     def close(self) -> None:
-        if self._metrics is not None:
+        if self.metrics is not None:
             with contextlib.suppress(OSError):
-                self._metrics.close()
+                self.metrics.close()
         if self._is_new and [entry.name for entry in self.path.iterdir()] == [".lock"]:  # the run never began
             (self.path / ".lock").unlink()
             self.path.rmdir()

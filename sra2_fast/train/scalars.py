@@ -17,6 +17,7 @@ from tqdm import tqdm
 class Scalars:
     """One event file in `folder`; records of steps from `first_step` on replace those of a run that went further.
 
+    path: of that file; None once it could not be written.
     Raises ImportError where tensorboard is not installed.
     """
 
@@ -26,7 +27,7 @@ class Scalars:
 
         self._event, self._summary, self._records = event_pb2.Event, summary_pb2.Summary, RecordWriter
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._path: Path | None = folder / f"events.out.tfevents.{stamp}.0"
+        self.path: Path | None = folder / f"events.out.tfevents.{stamp}.0"
         self._write(file_version="brain.Event:2")
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(step=first_step, session_log=restart)
@@ -38,12 +39,12 @@ class Scalars:
 
     def _write(self, **event: Any) -> None:
         """Append one event; the first failure is said in a line and ends TensorBoard's part of the run."""
-        if self._path is None:
+        if self.path is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
                 self._records(file).write(self._event(wall_time=time.time(), **event).SerializeToString())
         except OSError as error:
-            tqdm.write(f"no more TensorBoard: {self._path} ({error.strerror}); metrics.jsonl goes on")
-            self._path = None
+            tqdm.write(f"no more TensorBoard: {self.path} ({error.strerror}); metrics.jsonl goes on")
+            self.path = None

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -23,15 +24,15 @@ CASES = [
     case
     for size in SIZES
     for types in ("autocast", "bfloat16")
-    for case in aot_table._row_cases(size, types)
+    for case in aot_table.row_cases(size, types)
     if types == "autocast" or size == "SiT-XL"
 ]
 CASES += [
-    aot_table._loss_case("SiT-XL", "bfloat16"),
-    aot_table._loss_case("SiT-XL", "float32", align="smooth_l1"),
-    aot_table._loss_case("SiT-XL", "bfloat16", channels=3),
-    aot_table._loss_case("SiT-XL", "bfloat16", patch=8),
-    *aot_table._optimizer_cases(),
+    aot_table.loss_case("SiT-XL", "bfloat16"),
+    aot_table.loss_case("SiT-XL", "float32", align="smooth_l1"),
+    aot_table.loss_case("SiT-XL", "bfloat16", channels=3),
+    aot_table.loss_case("SiT-XL", "bfloat16", patch=8),
+    *aot_table.optimizer_cases(),
 ]
 
 
@@ -65,3 +66,22 @@ def test_the_inspection_sees_spills_and_missing_matrix_instructions() -> None:
     finally:
         type(kernel).run = run
     assert record["spill_instructions"] > 0 and record["registers"] <= 32 and record["hgmma"] == record["hmma"] == 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_batch_may_have_more_samples_than_a_grid_has_in_y(gated: bool) -> None:
+    """CUDA ends at 65,535 programs in y and z; the batch stood in y."""
+    from sra2_fast.kernels import gated_residual_layer_norm_modulate as with_branch
+    from sra2_fast.kernels import layer_norm_modulate as plain
+
+    B, N, D = 70_000, 1, 64
+    x, rows, statistic = torch.empty(B, N, D), torch.empty(B, D), torch.empty(B, N)
+    with aot_compile.compile_only(ARCH) as launches:
+        if gated:
+            with_branch.gated_residual_layer_norm_modulate_fwd(x, x, rows, rows, rows, 1e-6, torch.float32)
+            with_branch.gated_residual_layer_norm_modulate_bwd(x, x, x, x, rows, rows, statistic, statistic)
+        else:
+            plain.layer_norm_modulate_fwd(x, rows, rows, 1e-6, torch.float32)
+            plain.layer_norm_modulate_bwd(x, x, rows, statistic, statistic)
+    assert len(launches) == 3
+    assert all(max((*launch.grid, 1)[1:]) <= 65_535 for launch in launches), [launch.grid for launch in launches]

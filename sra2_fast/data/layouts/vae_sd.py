@@ -50,7 +50,7 @@ class VaeSdSource(LatentSource):
         found = _sample_files(self.folder)
         if not found:
             raise InputError(f"data: {self.folder} holds no {PREFIX}*{SUFFIX}; give the vae-sd folder or its parent")
-        self.notes = []
+        self.notes: list[str] = []
         labels = None if ignore_labels else _read_labels(self.folder / LABELS_FILE)
         if labels is None:
             if not ignore_labels:
@@ -93,11 +93,10 @@ class VaeSdSource(LatentSource):
                 f"data: {self.name} holds latents of {channels} channels and no normalisation; give --latent-scale "
                 f"(and --latent-shift): z = (value - shift) * scale, one number or {channels}"
             )
-        self.notes = [
-            *self.notes,
+        self.notes.append(
             f"{self.name} records no normalisation: taken to be Stable Diffusion's, z = value * {SD_SCALING_FACTOR}; "
-            "for latents of another autoencoder give --latent-scale and --latent-shift",
-        ]
+            "for latents of another autoencoder give --latent-scale and --latent-shift"
+        )
         return SD_SCALING_FACTOR
 
     def _load(self, index: int) -> np.ndarray:
