@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import InputError
 
@@ -21,7 +22,11 @@ COMMANDS = {
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse, whose complaint is an InputError instead of a page of usage."""
+    """argparse, whose complaint is an InputError instead of a page of usage, and whose values may be `-0.1,0.2`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # its own stops at one plain number
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")

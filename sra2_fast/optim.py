@@ -304,8 +304,12 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self._must_average("load_ema_state_dict")
         own = {name: (group, p) for group in self.param_groups for name, p in self._named(group)}
+        unknown = next((name for name in averages if name not in own), None)
+        if unknown is not None:
+            names = f"by the parameters' names (AdamWEMA(model.named_parameters())), such as {next(iter(own))}"
+            raise must_be("AdamWEMA", "averages", names, unknown)
         for name in [*averages, *(name for name, (_, p) in own.items() if p.requires_grad)]:
-            want = tuple(own[name][1].shape) if name in own else "no such parameter"
+            want = tuple(own[name][1].shape)
             got = tuple(averages[name].shape) if name in averages else "none"
             if want != got:
                 raise must_be("AdamWEMA", f"the average of {name}", want, got)

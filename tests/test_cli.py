@@ -79,6 +79,15 @@ def test_a_finished_run_says_where_it_stands(tmp_path: Path, capsys: pytest.Capt
     assert "done: step 2, loss " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["-0.1,0.2", "-.5", "-1e-3"])
+def test_a_list_of_numbers_may_begin_with_a_minus(tmp_path: Path, given: str, capsys: pytest.CaptureFixture) -> None:
+    """argparse took all but one plain number for another option: "expected one argument"."""
+    assert main(["train", "--out", str(tmp_path), "--data", "digits", "--latent-shift", given]) == 2
+    assert f"digits records its own normalisation; leave out --latent-shift {given}" in capsys.readouterr().err
+    assert main(["train", "--out", str(tmp_path), "--latent-shift", "--vae"]) == 2
+    assert "argument --latent-shift: expected one argument" in capsys.readouterr().err
+
+
 def test_help_does_not_wait_for_torch(root: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from sra2_fast import cli\ntry:\n cli.main(['train', '--help'])\n"

@@ -245,3 +245,28 @@ def test_keywords_of_the_repa_family_are_accepted(given: dict[str, Any]) -> None
     plain = SiT(**SMALL, align_depth=given.get("encoder_depth"))
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     assert model.config() == plain.config()
+
+
+class Int8Linear(torch.nn.Module):
+    """Quantised layers in short: whole numbers for weights, and for torch's own a method of that name."""
+
+    def __init__(self, linear: torch.nn.Linear, *, is_packed: bool) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = (lambda: self.whole) if is_packed else self.whole
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.whole * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_time_is_not_rounded_to_a_quantised_layer_s_type(is_packed: bool) -> None:
+    """Its cosines became 0 and 1 where the weights are whole numbers."""
+    model = small_model().eval()
+    x, t, y = batch_for(model)
+    velocity, linear = model(x, t, y), model.t_embedder.mlp[0]
+    quantised = model.t_embedder.mlp[0] = Int8Linear(linear, is_packed=is_packed)
+    rounding, _ = relative_error(quantised.whole * quantised.scale, linear.weight)
+    assert 0 < relative_error(model(x, t, y), velocity)[0] < 2 * rounding

@@ -98,13 +98,30 @@ def test_forward_mode_through_the_kernels_is_refused_not_zero() -> None:
         compiled(x, torch.ones_like(x))
     eager = SiT(**{**model.config(), "implementation": "eager"}).eval().requires_grad_(False)
     eager.load_state_dict(model.state_dict())
-    with sdpa_kernel(SDPBackend.MATH):  # the only one with forward-mode derivatives on a CPU
-        value, tangent = torch.func.jvp(lambda x: eager(x, t, y), (x,), (torch.ones_like(x),))
+    value, tangent = torch.func.jvp(lambda x: eager(x, t, y), (x,), (torch.ones_like(x),))
     torch.testing.assert_close(value, model(x, t, y), rtol=1e-5, atol=1e-6)
     step = 1e-3
     numeric = (eager(x + step, t, y) - eager(x - step, t, y)) / (2 * step)
     assert float(tangent.norm()) > 0.1
     torch.testing.assert_close(tangent, numeric, rtol=1e-2, atol=1e-2 * float(numeric.abs().max()))
+    with sdpa_kernel(SDPBackend.MATH):  # the one that has a batching rule
+        single = torch.func.vmap(lambda x, t, y: eager(x[None], t[None], y[None])[0])(x, t, y)
+    torch.testing.assert_close(single, value, rtol=1e-5, atol=1e-6)  # the labels' values were read, which vmap refuses
+
+
+@pytest.mark.skipif(not backends.fused_devices("layer_norm_modulate") >= {"cpu"}, reason="the extension is not built")
+def test_a_second_backward_for_one_derivative_is_refused_not_zero() -> None:
+    """torch's once_differentiable cuts gradients off from their sources; asked for one of these, torch found zero."""
+    model, (x, t, y) = small_fused()
+    for second in (
+        lambda: torch.autograd.functional.jvp(lambda x: model(x, t, y), x, torch.ones_like(x)),
+        lambda: torch.autograd.functional.hessian(lambda x: model(x, t, y).square().sum(), x),
+    ):
+        with pytest.raises(
+            RuntimeError,
+            match=r'once_differentiable; implementation="eager" takes second derivatives, with sdpa_kernel',
+        ):
+            second()
 
 
 def test_an_adapter_runs_with_the_device_of_its_first_tensor_current(monkeypatch: pytest.MonkeyPatch) -> None:

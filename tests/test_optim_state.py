@@ -91,7 +91,7 @@ def test_averages_that_do_not_fit_are_named() -> None:
     averages = dict(opt.ema_state_dict())
     with pytest.raises(InputError, match=r"the average of 0.weight must be \(2, 3\), got \(3,\)"):
         opt.load_ema_state_dict({**averages, "0.weight": torch.zeros(3)})
-    with pytest.raises(InputError, match=r"the average of 2.weight must be no such parameter, got \(1,\)"):
+    with pytest.raises(InputError, match=r"averages must be by the parameters' names .*as 0.weight, got 2.weight"):
         opt.load_ema_state_dict({**averages, "2.weight": torch.zeros(1)})
     averages.pop("1.weight")
     with pytest.raises(InputError, match=r"the average of 1.weight must be \(1, 2\), got none"):

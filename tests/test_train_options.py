@@ -67,6 +67,12 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, messa
     assert str(caught.value).startswith(f"train: --config {tmp_path}")
 
 
+@pytest.mark.parametrize(("written", "text"), [("0.5", "0.5"), ("[0.1, -2]", "0.1,-2"), ('"0.1,-2"', "0.1,-2")])
+def test_a_file_may_give_numbers_of_channels_as_numbers(tmp_path: Path, written: str, text: str) -> None:
+    """latent_scale = 0.5 was refused: "must be text"."""
+    assert read_config(write(tmp_path, f"latent_scale = {written}")) == {"latent_scale": text}
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"run\.toml: not valid TOML"):

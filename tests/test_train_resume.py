@@ -104,7 +104,7 @@ def test_a_checkpoint_that_recorded_less_still_goes_on(finished: Path) -> None:
     run = written["run"]
     run["data"] = f"somewhere/else: {run['data']}"
     run["num_classes"] = None
-    for name in ("data_fingerprint", "microbatch", "latent_scale", "latent_shift", "ignore_labels"):
+    for name in ("data_fingerprint", "latent_scale", "latent_shift", "ignore_labels"):
         run.pop(name)
     state.write_text(json.dumps(written))
     assert train(tiny(finished, steps=6)).step == 6
@@ -127,14 +127,21 @@ def test_microbatches_train_as_the_whole_batch_does(tmp_path: Path) -> None:
         torch.testing.assert_close(cut[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_out_of_memory_may_be_answered_as_its_line_says(tmp_path: Path) -> None:
+    """The line says to lower --microbatch, and the run was then refused as one with other options."""
+    train(tiny(tmp_path / "run", steps=2))
+    assert train(tiny(tmp_path / "run", steps=4, microbatch=3)).step == 4
+
+
 def test_under_torchrun_the_line_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It said that the folder was in use by another process: the second rank's, which was itself."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"train: runs on one process and one device as yet, not under torchrun"):
         train(tiny(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train(tiny(tmp_path / "run", steps=1)).step == 1
+    for steps, alone in enumerate(("1", ""), start=1):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        assert train(tiny(tmp_path / "run", steps=steps)).step == steps
 
 
 @pytest.mark.parametrize(

@@ -134,5 +134,9 @@ def make_loader(
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For worker processes: Ctrl-C reaches the whole group, and the main process decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For worker processes: signals reach the whole group, and the main process decides when its workers end.
+
+    A terminal sends SIGINT so, and Slurm SIGTERM. torch ends a worker by a message, not by a signal.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

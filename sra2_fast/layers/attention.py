@@ -1,7 +1,7 @@
 """Multi-head self-attention with the projections and keys of the public models.
 
 The inner product is flash-attn's where that is installed and fits (CUDA, bf16), else `scaled_dot_product_attention`,
-which picks its own flash, cuDNN or efficient kernel.
+which picks its own flash, cuDNN or efficient kernel (its composition in forward-mode differentiation).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import backends
 
@@ -39,5 +41,13 @@ class Attention(nn.Module):
         else:
             # qk_norm leaves q and k in float32 under autocast; v has the type the product should run in.
             q, k, v = (m.to(v.dtype).transpose(1, 2) for m in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            # The one level of torch.func.jvp or of forward_ad that may be open.
+            attend = F.scaled_dot_product_attention if forward_ad._current_level < 0 else _differentiable_attention
+            out = attend(q, k, v).transpose(1, 2)
         return self.proj(out.reshape(b, n, d))
+
+
+def _differentiable_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The composition: torch's kernels have no forward-mode derivatives."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)

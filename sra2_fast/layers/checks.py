@@ -77,7 +77,7 @@ def check_compat_kwargs(compat_kwargs: dict[str, Any], hidden_size: int, align_d
 def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None) -> None:
     """Raise InputError unless x (B, C, H, W), t (B,), y (B,) and force_drop_ids (B,) fit the model.
 
-    Values are looked at on the CPU only, where that costs no synchronisation; fake tensors have none.
+    Values are looked at on the CPU only, where that costs no synchronisation; fake tensors and vmap's have none.
     """
     size = model.input_size
     if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
@@ -94,7 +94,8 @@ def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Te
             raise must_be("SiT", name, f"(B,) = {tuple(x.shape[:1])}", tuple(value.shape))
     if y.is_floating_point() or y.dtype == torch.bool:
         raise must_have_type("SiT", "y", "an integer tensor of labels", y.dtype)
-    if torch.compiler.is_compiling() or not y.numel() or isinstance(y, FakeTensor):
+    has_no_values = isinstance(y, FakeTensor) or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or not y.numel() or has_no_values:
         return
     if y.is_cpu:
         rows = model.y_embedder.embedding_table.num_embeddings

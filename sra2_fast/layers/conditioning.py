@@ -28,7 +28,10 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        features, weight = self.features(t), cast(nn.Linear, self.mlp[0]).weight
+        # A quantised layer has whole numbers for weights, or a method of that name, and takes float32.
+        is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+        return self.mlp(features.to(weight.dtype) if is_float else features)
 
 
 class LabelEmbedder(nn.Module):

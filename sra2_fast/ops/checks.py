@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable as _once_differentiable
 
 from ..errors import InputError, must_be, must_have_type
 
@@ -87,13 +86,33 @@ def _has_tangent(t: torch.Tensor) -> bool:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of the same name, at no cost where no graph of the backward pass is asked for.
+    """Decorates a backward pass that has no derivative of its own: asking for one raises, at no cost where nobody does.
 
-    Without it the second derivative of an op that has none is zero, and only a warning says so.
+    torch's decorator of this name cuts the gradients off from what they depend on. It raises where everything is
+    differentiated, but `torch.autograd.functional.jvp` and `hessian`, which ask for one derivative, read zero.
     """
-    refusing = _once_differentiable(backward)
 
     def differentiate(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        return refusing(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        there = [one for one in results if one is not None]
+        sources = [one for one in (*gradients, *ctx.saved_tensors) if one is not None]
+        refusing = iter(_DifferentiatedOnce.apply(len(there), *there, *sources))
+        return tuple(None if one is None else next(refusing) for one in results)
 
     return differentiate
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The first `count` tensors as they are, depending on all the others: differentiating them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(one.view_as(one) for one in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        way_out = f"{_WAY_OUT} second derivatives, with sdpa_kernel(SDPBackend.MATH) around the forward"
+        raise RuntimeError(f"the fused kernels are once_differentiable; {way_out}")

@@ -1,6 +1,7 @@
 """x' = x + gate_b branch, y = LN(x')(1 + scale_b) + shift_b: from one branch of a block to the next, in one pass.
 
-The mathematics is in reference/gated_residual_layer_norm_modulate.py; kernels: kernels/, csrc/ under the same name.
+The mathematics is in reference/gated_residual_layer_norm_modulate.py; kernels: kernels/ under the same name
+(Triton) and csrc/norm_rows* (C++ and CUDA), which the plain norm shares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """y = LN(x)(1 + scale_b) + shift_b: layer norm without weights, modulated per sample.
 
 The mathematics is in reference/layer_norm_modulate.py; kernels: kernels/layer_norm_modulate.py (Triton) and
-csrc/layer_norm_modulate* (C++ and CUDA).
+csrc/norm_rows* (C++ and CUDA), which the gated norm shares.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 options.py        every option, from the command line and TOML
 build.py          model, loss, optimizer, device and precision from the options
+step.py           one training step
 loop.py           the steps, and what happens between them
-run_directory.py  config.json, metrics.jsonl, TensorBoard
+run_directory.py  config.json, metrics.jsonl
+scalars.py        TensorBoard
 resume.py         which checkpoint to start from, and whether it fits
 diagnosis.py      losses read late, and what to say when one is not finite
 grid.py           sample grids
 interrupt.py      Ctrl-C and SIGTERM
+allocator.py      memory kept from step to step, on a CPU
 """
 
 from __future__ import annotations

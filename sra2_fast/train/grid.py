@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..models import SiT
 from ..randomness import sampling_noise
 from ..sampling import sample_ode
+from ..vae.decode import DECODE_BATCH
 
 MAX_COLUMNS = 10
 ROWS = 4
@@ -66,9 +67,16 @@ class SampleGrid:
         finally:
             model.train(was_training)
 
-    def picture(self, latents: torch.Tensor) -> np.ndarray:
-        """(height, width, 3) uint8 of what `sample` returned, the classes' names above the columns."""
-        picture = tile(self._decode(latents), self.columns)
+    def picture(self, latents: torch.Tensor, between: Callable[[], None] = lambda: None) -> np.ndarray:
+        """(height, width, 3) uint8 of what `sample` returned, the classes' names above the columns.
+
+        between: called before every few images, because an autoencoder takes seconds for each on a CPU; it may raise.
+        """
+        images = []
+        for part in latents.split(DECODE_BATCH):
+            between()
+            images.append(self._decode(part))
+        picture = tile(np.concatenate(images), self.columns)
         return np.concatenate([header(self.names, picture.shape[1]), picture])
 
 

@@ -19,7 +19,7 @@ class Interrupted(Exception):
 class Interrupt:
     """Within `with Interrupt(step) as interrupt`, the first signal sets `interrupt.signal`; a second one acts as usual.
 
-    step: asked at the first signal, for the line that says what happens now.
+    step: the one under way, asked for at the first signal, for the line that says what happens now.
     Outside the main thread Python allows no handlers: then nothing is caught.
     """
 
@@ -48,7 +48,7 @@ class Interrupt:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
-        line = f"\n{self.signal.name}: finishing step {self._step() + 1} and saving; again to leave at once\n"
+        line = f"\n{self.signal.name}: finishing step {self._step()} and saving; again to leave at once\n"
         os.write(STDERR, line.encode())  # not print: a handler may run in the middle of one
 
     def _restore(self) -> None:

@@ -54,7 +54,7 @@ def train(options: TrainOptions) -> TrainResult:
 
     Raises InputError for bad input or too little memory, NonFiniteLoss when a loss or the gradient is not finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise InputError("train: runs on one process and one device as yet, not under torchrun; start it by itself")
     options = build.resolve(options)
     if options.device == "cpu":
@@ -147,7 +147,8 @@ class Trainer:
         self.directory.open_metrics(self.step)
         self.model.train()
         bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
-        with Interrupt(lambda: self.step) as interrupt, bar as self.bar:
+        under_way = self.step + 1  # until it is logged, saved and its samples are drawn
+        with Interrupt(lambda: under_way) as interrupt, bar as self.bar:
             self._restart_clock()
             for batch in self._batches(self.step, options.steps - self.step):
                 self.take_step(batch.split(options.microbatch))
@@ -164,6 +165,7 @@ class Trainer:
                 if interrupt.signal:
                     self._save()  # where the signal came while the samples were drawn
                     break
+                under_way = self.step + 1
         if interrupt.signal and self.step < options.steps:
             name = interrupt.signal.name
             tqdm.write(
@@ -290,7 +292,7 @@ class Trainer:
             eagerly = torch.compiler.set_stance("force_eager")
             with eagerly, self.optimizer.swap_ema(self.model), self.take_step.autocast():
                 latents = self.grid.sample(self.model, self.device)
-            write_png(self.grid.picture(latents), path)
+            write_png(self.grid.picture(latents, interrupt.check), path)
         except Interrupted:
             tqdm.write(f"left out the samples of step {self.step}")
         except InputError as error:

@@ -43,6 +43,9 @@ SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 SEED = Bound("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
 
 
+NUMBERS_AS_TEXT = ("latent_scale", "latent_shift")  # one number, or one a channel separated by commas
+
+
 def _option(default: Any, help: str, bound: Bound = ANY, *, fixed_on_resume: bool = True) -> Any:
     """fixed_on_resume: a resumed run must have the same value, or its weights would not be those of one run."""
     about = {"help": help, "bound": bound, "fixed_on_resume": fixed_on_resume}
@@ -70,7 +73,7 @@ class TrainOptions:
     qk_norm: bool = _option(False, "normalise queries and keys")
     steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
     batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
-    microbatch: int | None = _option(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
+    microbatch: int | None = _changeable(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
     seed: int = _option(0, "of the weights, the data order, time, noise and label dropout", SEED)
 
     lr: float = _option(recipe.LR, "learning rate of AdamW", ABOVE_0)
@@ -180,7 +183,7 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The options in a TOML file; names may be written with - or _."""
+    """The options in a TOML file; names may be written with - or _, numbers of channels as a number or a list."""
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -196,6 +199,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see sra2-fast train --help"
             raise InputError(f"train: --config {path}: unknown option {written!r}{hint}")
+        if name in NUMBERS_AS_TEXT and not isinstance(value, str):
+            value = ",".join(map(str, value if isinstance(value, list) else [value]))
         if not _accepts(kinds[name], value):
             raise must_be(f"train: --config {path}", written, _describe(kinds[name]), repr(value))
         values[name] = float(value) if _without_none(kinds[name]) is float and value is not None else value
