@@ -32,15 +32,12 @@ pytestmark = pytest.mark.training
 TINY = "32,2,2,8"  # hidden size, depth, heads, patch size
 DIM, DEPTH, PATCH, TOKENS, BATCH = 32, 2, 8, 16, 3
 ROWS = ("baseline", "sra2-cosine", "sra2-smooth-l1", "sra")
-
-
-def setting(model: str = TINY, batch_size: int = BATCH, precision: str = "bf16") -> Setting:
-    return Setting(model, batch_size, precision, "fused", False, torch.device("cpu"))
+SETTING = Setting(TINY, BATCH, "bf16", "fused", False, torch.device("cpu"))
 
 
 @functools.cache
-def traced(row: str, model: str = TINY, batch_size: int = BATCH) -> tuple[StepRow, list[Operator]]:
-    return ledger.trace(row, setting(model, batch_size))
+def traced(row: str) -> tuple[StepRow, list[Operator]]:
+    return ledger.trace(row, SETTING)
 
 
 @functools.cache
@@ -152,7 +149,7 @@ needs_extension = pytest.mark.skipif(not backends.has_extension("cpu"), reason="
 @pytest.mark.parametrize("row", ["baseline", "sra2-cosine"])
 def test_a_fake_step_runs_what_a_real_one_does(row: str) -> None:
     _, fake = traced(row)
-    step = StepRow(row, setting())
+    step = StepRow(row, SETTING)
     real = Ledger(step)
     with real:
         step()
@@ -167,7 +164,7 @@ def test_a_fake_step_runs_what_a_real_one_does(row: str) -> None:
 def test_a_step_without_the_extension_is_traced_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema"):
         monkeypatch.setattr(sys.modules[f"sra2_fast.ops.{op}"], "_FUSED_ON", frozenset())
-    assert ledger.trace("sra2-cosine", setting())[1] == traced("sra2-cosine")[1]
+    assert ledger.trace("sra2-cosine", SETTING)[1] == traced("sra2-cosine")[1]
 
 
 def test_fake_labels_are_not_read() -> None:
@@ -301,9 +298,9 @@ def test_a_measured_step_has_a_time_for_every_part(
 
 
 def test_a_gpus_time_is_that_of_the_kernels_under_a_mark() -> None:
-    def event(name: str, kind: str, cpu_us: float, device_us: float) -> SimpleNamespace:
-        device_type = getattr(torch.autograd.DeviceType, kind)
-        return SimpleNamespace(name=name, device_type=device_type, cpu_time_total=cpu_us, device_time_total=device_us)
+    def event(name: str, kind: str, cpu_us: float, gpu_us: float) -> SimpleNamespace:
+        where = getattr(torch.autograd.DeviceType, kind)
+        return SimpleNamespace(name=name, device_type=where, cpu_time_total=cpu_us, device_time_total=gpu_us)
 
     events = [
         event(ledger.MARK + "GELU", "CPU", 5, 2000),

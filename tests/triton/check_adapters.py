@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 assert ops
 
 F32, BF16 = torch.float32, torch.bfloat16
-B, N, D, K, C, PATCH = 2, 5, 24, 40, 4, 2
+B, N, D, K, C, PATCH = 2, 3, 24, 40, 4, 2
 ROUNDINGS = 16  # either side: at most eight roundings, and sums of at most a few hundred terms
 EPS = 1e-6
 
@@ -74,8 +74,7 @@ def test_gated_residual_layer_norm_modulate(dtype: torch.dtype) -> None:
     for without in (None, 0, 1, 2, 3):
         needs = [place != without for place in range(4)]
         given = (dy, x, branch, gate, scale, *statistics(), *needs)
-        both("gated_residual_layer_norm_modulate_bwd", dx_new, *given)
-        both("gated_residual_layer_norm_modulate_bwd", x.new_empty(0), *given)
+        both("gated_residual_layer_norm_modulate_bwd", dx_new if without is None else x.new_empty(0), *given)
 
 
 @pytest.mark.parametrize("path", [0, 1])
