@@ -270,3 +270,12 @@ def test_the_time_is_not_rounded_to_a_quantised_layer_s_type(is_packed: bool) ->
     quantised = model.t_embedder.mlp[0] = Int8Linear(linear, is_packed=is_packed)
     rounding, _ = relative_error(quantised.whole * quantised.scale, linear.weight)
     assert 0 < relative_error(model(x, t, y), velocity)[0] < 2 * rounding
+
+
+def test_the_configuration_is_a_mapping_and_a_call() -> None:
+    """peft saves and merges with `model.config.get(...)`; a method has no such thing."""
+    model = small_model(align_depth=1)
+    assert model.config.get("depth") == SMALL["depth"] and "tie_word_embeddings" not in model.config
+    model.config["depth"] = 0  # a copy: the model keeps its own
+    assert model.config() == dict(model.config) and model.config()["depth"] == SMALL["depth"]
+    assert type(model)(**model.config()).config() == model.config()

@@ -27,6 +27,13 @@ from ..ops.patchify import unpatchify
 from .loss_inputs import LossInputs, SiTOutput
 
 
+class Config(dict[str, Any]):
+    """Constructor arguments: a mapping, as peft asks for, and what a call returns, as code before it did."""
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(self)
+
+
 class SiT(nn.Module):
     """Velocity field of a latent: (x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
 
@@ -110,9 +117,10 @@ class SiT(nn.Module):
         watched(self.final_layer)
         self.initialize_weights()
 
-    def config(self) -> dict[str, Any]:
+    @property
+    def config(self) -> Config:
         """The constructor's arguments; `type(model)(**model.config())` has the same shape."""
-        return dict(self._config)
+        return Config(self._config)
 
     def initialize_weights(self) -> None:
         """Reference initialisation: xavier-uniform Linears, N(0, 0.02) embeddings, zero adaLN and output."""
