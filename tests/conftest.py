@@ -30,7 +30,7 @@ def root() -> Path:
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """A trainer whose pieces a test can reach into, before or after it runs."""
-    from runs import tiny
+    from training_runs import tiny
 
     from sra2_fast.data import open_data
     from sra2_fast.train import build

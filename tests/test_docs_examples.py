@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pages import example, rows_of
-from runs import tiny
+from training_runs import tiny
 
 from sra2_fast import sample_ode
 from sra2_fast.train import train

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, around, assert_same_checkpoint, final, records, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import TINY, around, assert_same_checkpoint, final, records, tiny
 
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import batch_for, small_model
-from runs import final, records, tiny
+from training_runs import final, records, tiny
 
 from sra2_fast import load_checkpoint
 from sra2_fast.train import build

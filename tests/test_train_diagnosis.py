@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import final, records, tiny
+from training_runs import final, records, tiny
 
 from sra2_fast.train.diagnosis import NonFiniteLoss, StepHistory, name_terms
 from sra2_fast.train.loop import Trainer, train

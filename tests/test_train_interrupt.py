@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_checkpoint, final, tiny
+from training_runs import assert_same_checkpoint, final, tiny
 
 from sra2_fast.train.interrupt import Interrupt, Interrupted
 from sra2_fast.train.loop import Trainer, train

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_checkpoint, final, tiny
+from training_runs import assert_same_checkpoint, final, tiny
 
 from sra2_fast import load_checkpoint
 from sra2_fast.data.layouts.shards import shard_name, write_index, write_shard

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import final, tiny
+from training_runs import final, tiny
 
 from sra2_fast.train.loop import train
 from sra2_fast.train.scalars import Scalars

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import around
+from training_runs import around
 
 from sra2_fast.data import open_data
 from sra2_fast.train import TrainOptions, build
