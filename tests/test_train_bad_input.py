@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,20 @@ def test_lines_of_metrics_that_are_no_records_are_dropped(finished: Path) -> Non
     metrics.write_bytes(b'\xff\x00}\n[1]}\n{"loss": 1}\n' + metrics.read_bytes())
     train(options(finished, steps=8))
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [2, 4, 6, 8]
+
+
+def test_metrics_that_were_removed_go_on_in_a_new_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run wrote on into a file that nobody could find any more, and ended as if all was well."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.open_metrics(0)
+    directory.log({"step": 1, "loss": 1.0})
+    shutil.rmtree(tmp_path / "run")
+    for step in (2, 3):
+        directory.log({"step": step, "loss": 1.0})
+    assert capsys.readouterr().out.count("metrics.jsonl was removed; the records go on in a new file") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+    directory.close()
 
 
 def test_a_full_disk_for_metrics_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm import tqdm
+
 from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
 from .scalars import Scalars
@@ -75,6 +77,11 @@ class RunDirectory:
         """One line of metrics.jsonl and one scalar a number."""
         assert self.metrics is not None
         with self._disk_errors("metrics.jsonl"):
+            if os.fstat(self.metrics.fileno()).st_nlink == 0:  # written on, it would be lost without a word
+                tqdm.write(f"{self.path / 'metrics.jsonl'} was removed; the records go on in a new file")
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.metrics.close()
+                self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - as above
             self.metrics.write(json.dumps(record) + "\n")
         if self._scalars is not None:
             self._scalars.log(record)
@@ -83,7 +90,8 @@ class RunDirectory:
         if self.metrics is not None:
             with contextlib.suppress(OSError):
                 self.metrics.close()
-        if self._is_new and [entry.name for entry in self.path.iterdir()] == [".lock"]:  # the run never began
+        entries = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        if self._is_new and entries == [".lock"]:  # the run never began
             (self.path / ".lock").unlink()
             self.path.rmdir()
         self._lock.close()
