@@ -26,9 +26,9 @@ def adaln_head(hidden_size: int, modulations: int) -> nn.Sequential:
 def modulate_all(heads: Sequence[nn.Module | None], c: Tensor) -> list[Tensor | None]:
     """SiLU(c) W_i^T + b_i of every head; None for one that has to be called itself (layers/plain.py).
 
-    heads: of `adaln_head`, or None. c: (B, D). Returns (B, M_i) each, in the autocast type where that
-    is on, else in c's; rows of one matrix where the product was one. Precision: as F.linear; dc is summed over all
-    heads inside the product, in float32.
+    heads: of `adaln_head`, or None. c: (B, D). Returns (B, M_i) each, in the autocast type where that is on, else in
+    c's; rows of one matrix where the product was one. Precision: as F.linear; dc is summed over all heads inside the
+    product, in float32.
     """
     found: list[Tensor | None] = [None] * len(heads)
     places = [i for i, head in enumerate(heads) if _is_readable_head(head)]
@@ -80,7 +80,6 @@ class _OneProduct(torch.autograd.Function):
     def backward(ctx, *dproducts):
         low, matrix = ctx.saved_tensors
         c_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        count = len(ctx.rows)
         needs = ctx.needs_input_grad
         with torch.autocast(low.device.type, enabled=False):
             d = torch.cat([one.to(low.dtype) for one in dproducts], dim=1)  # (B, sum of M_i): small beside the weights
@@ -88,5 +87,4 @@ class _OneProduct(torch.autograd.Function):
             dweights = (d.t() @ low).to(weight_dtype).split(ctx.rows)
             dbiases = d.sum(0, dtype=torch.float32).to(bias_dtype).split(ctx.rows)
         gradients = [one if needed else None for one, needed in zip((*dweights, *dbiases), needs[2:], strict=True)]
-        assert len(gradients) == 2 * count
         return dc, None, *gradients

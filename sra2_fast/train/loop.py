@@ -96,15 +96,15 @@ class Trainer:
         self.loss_fn = build.build_loss(options)
         self.optimizer = build.build_optimizer(options, self.model)
         pending = self._restore(checkpoint) if checkpoint else []
-        has_teacher = options.target == "teacher" and options.align != "none"
-        self.teacher = build.build_teacher(self.model, self.optimizer) if has_teacher else None
+        self.teacher = build.build_teacher(self.model, self.optimizer) if self.loss_fn.has_teacher else None
+        self.schedule = build.build_schedule(options)
         self.take_step = TrainStep(
             self._compiled(self.model),
             self.loss_fn,
             self.optimizer,
             StepHistory(options.log_every, self.device, pending),
             device=self.device,
-            schedule=build.build_schedule(options),
+            schedule=self.schedule,
             autocast_dtype=torch.bfloat16 if options.precision == "bf16" else None,
             label_dropout=options.label_dropout,
             teacher=None if self.teacher is None else self._compiled(self.teacher),
@@ -216,7 +216,7 @@ class Trainer:
             "align": align,
             "align_weight": weight,
             "grad_norm": grad_norm,
-            **build.build_schedule(self.options).at(self.step),
+            **self.schedule.at(self.step),
             "images": self.step * self.options.batch_size,
             "images_per_s": images_per_s,
         }
