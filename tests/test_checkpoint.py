@@ -142,7 +142,7 @@ def test_weights_of_another_model_are_refused_by_name(saved: Path) -> None:
         ck.load_weights(nn.Sequential(nn.Linear(3, 5)), weights, saved)
 
 
-@pytest.mark.parametrize("fails_at", ["save_file", "_fsync"])
+@pytest.mark.parametrize("fails_at", ["save_file", "fsync"])
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
     saved: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
@@ -191,7 +191,7 @@ def test_an_interrupt_while_saving_leaves_nothing_half_written(saved: Path, monk
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ck, "_fsync", interrupted)
+    monkeypatch.setattr(ck, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ck.save_checkpoint(saved.parent, 60, model={"w": torch.ones(4)}, state={})
     assert [path.name for path in saved.parent.iterdir()] == ["step-00000040"]

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from sra2_fast.data import make_loader, open_data
-from sra2_fast.data.files import make_folder, write_whole
 from sra2_fast.data.layouts import shards as shards_module
 from sra2_fast.data.layouts.shards import ShardSource, finished_shard, shard_name, write_index, write_shard
 from sra2_fast.errors import InputError
+from sra2_fast.files import make_folder, write_whole
 
 COUNTS = (5, 0, 7)  # a shard may be empty: all its images were unreadable
 SHAPE = (3, 4, 2)

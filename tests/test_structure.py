@@ -10,10 +10,11 @@ import sys
 import pytest
 from repository import ROOT
 
-ANYONE = {"errors", "backends", "progress"}
+ANYONE = {"errors", "backends", "files", "progress"}
 IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architecture.md)
     "errors": set(),
     "backends": {"errors"},
+    "files": {"errors"},
     "progress": set(),
     "info": set(),
     "reference": set(),

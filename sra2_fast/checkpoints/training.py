@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import fsync
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -91,15 +92,15 @@ def save_checkpoint(
                 continue
             path = partial / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-            _fsync(path)
+            fsync(path)
             sizes[path.name] = path.stat().st_size
         record = {"format": FORMAT, "step": step, **state, "files": sizes}
         text = json.dumps(record, indent=1)
         (partial / STATE_FILE).write_text(text)
-        _fsync(partial / STATE_FILE)
-        _fsync(partial)
+        fsync(partial / STATE_FILE)
+        fsync(partial)
         partial.rename(final)
-        _fsync(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(_why_not_saved(final, folder, error)) from error
@@ -204,11 +205,3 @@ def _why_not_saved(final: Path, folder: Path, error: BaseException) -> str:
 
 def _damaged(path: Path, name: str, what: str) -> InputError:
     return InputError(f"checkpoint {path}: {name} {what}; delete that folder and resume from the one before it")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, out: Path) -> int:
-    from ..data.files import make_folder
     from ..data.layouts.shards import INDEX_FILE, ShardSource
+    from ..files import make_folder
     from ..vae.autoencoder import fingerprint, load_vae
     from .earlier import keep_to_plan, survey
     from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
@@ -123,8 +123,8 @@ def _finish(
     out: Path, shards: list[Shard], images: ImageList, vae: Any, options: EncodeOptions, shape: tuple[int, int, int]
 ) -> None:
     """Say what was left out or converted, remove what an earlier list of images left, and write the index."""
-    from ..data.files import write_whole
     from ..data.layouts.shards import SHARD_PATTERN, write_index
+    from ..files import write_whole
     from ..vae.autoencoder import normalisation
     from . import convert
     from .earlier import digest_of

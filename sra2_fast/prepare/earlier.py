@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.files import write_whole
 from ..data.layouts.shards import INDEX_FILE, Shard, finished_shard, is_shards, read_index
 from ..errors import InputError
+from ..files import write_whole
 from ..progress import progress_bar
 from .encode import EncodeOptions
 from .listing import ImageList

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.files import write_whole
 from ..data.layouts.shards import Shard, shard_name
 from ..data.loader import ignore_interrupts
 from ..errors import InputError
+from ..files import write_whole
 from ..progress import progress_bar
 from ..randomness import Stream, generator
 from ..vae.autoencoder import downsample_factor, encode, normalisation

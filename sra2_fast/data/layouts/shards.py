@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..files import write_whole
+from ...files import write_whole
 from ..source import LatentSource, digest
 
 INDEX_FILE = "index.json"

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
 PARTIAL = ".partial"
 
@@ -24,7 +24,7 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _fsync_folder(path.parent)
+        fsync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -45,9 +45,9 @@ def make_folder(path: Path) -> None:
         raise InputError(f"data: cannot write into {path} ({error.strerror or error}); choose another --out") from error
 
 
-def _fsync_folder(folder: Path) -> None:
-    """The rename itself is only durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk; a rename is only durable once its folder is. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
