@@ -30,10 +30,22 @@ class _Active:
     """The tensors of one group's parameters that have a gradient, kept from step to step while that set is the same.
 
     Each parameter's state["step"] is a view of its entry of `tensors.steps`; the gradients are left out.
+    states: {key: tensor} of each parameter, as the optimizer's state held it when this was gathered.
     """
 
     key: tuple[object, ...]
     tensors: op.AdamWEMATensors
+    states: list[dict[str, Tensor]]
+
+    def is_of(self, key: tuple[object, ...], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether the parameters are the same, and nobody cleared their state or replaced a tensor of it."""
+        if self.key != key:
+            return False
+        for param, own in zip(self.tensors.params, self.states, strict=True):
+            now = state.get(param, {})
+            if any(now.get(name) is not value for name, value in own.items()):
+                return False
+        return True
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -202,7 +214,7 @@ class AdamWEMA(torch.optim.Optimizer):
         has_ema = group["ema_decay"] is not None
         key = (has_ema, *map(id, params))
         kept = self._active.get(index)
-        if kept is not None and kept.key == key:
+        if kept is not None and kept.is_of(key, self.state):
             return kept
         states = [self._state_of(p, has_ema) for p in params]
         steps = torch.zeros(len(params), device=params[0].device if params else None)
@@ -219,6 +231,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 emas=[s["ema"] for s in states] if has_ema else None,
                 steps=steps,
             ),
+            states=[dict(state) for state in states],
         )
         return self._active[index]
 

@@ -99,3 +99,32 @@ def test_averages_that_do_not_fit_are_named() -> None:
     averages = dict(opt.ema_state_dict())
     averages.pop("1.bias")  # frozen: it stands for itself
     opt.load_ema_state_dict(averages)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_a_state_that_was_cleared_or_replaced_is_the_state_of_the_next_step(implementation: str) -> None:
+    """The tensors gathered at an earlier step went on being updated; the new ones stood still beside them."""
+    model, opt = trained(implementation)
+    opt.state.clear()
+    fresh = AdamWEMA(model.named_parameters(), lr=0.1, ema_decay=0.5, implementation=implementation)
+    weights = [p.detach().clone() for p in model.parameters()]
+    results = []
+    for one in (opt, fresh):
+        for p, weight in zip(model.parameters(), weights, strict=True):
+            p.data.copy_(weight)
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        one.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for p in model.parameters():
+        assert opt.state.get(p, {}).keys() == fresh.state.get(p, {}).keys()
+        assert all(torch.equal(value, fresh.state[p][key]) for key, value in opt.state.get(p, {}).items())
+    weight = model[0].weight
+    for key, value in (("exp_avg", torch.full_like(weight, 3.0)), ("ema", torch.zeros_like(weight))):
+        opt.state[weight][key] = value
+    opt.state[weight]["step"] = torch.tensor(6.0)
+    opt.step()
+    assert float(opt.state[weight]["step"]) == 7.0
+    clipped = weight.grad / opt.grad_norm if implementation == "fused" else weight.grad  # eager clips in place
+    torch.testing.assert_close(opt.state[weight]["exp_avg"], 0.9 * torch.full_like(weight, 3.0) + 0.1 * clipped)
+    torch.testing.assert_close(opt.state[weight]["ema"], 0.5 * weight.detach())
