@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SAMPLING = 7  # the starting noise of sample grids, and of `sra2-fast sample`
     SAMPLING_STEP = 8  # the noise of a stochastic sampler (step = its step)
     PREPARE = 9  # the order in which images are laid out in shards
+    FLIP = 10  # uniform; the mirrored image is taken where it is below 1/2, of data that hold one
 
 
 def generator(stream: Stream, seed: int, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -103,6 +103,40 @@ def test_a_batch_is_what_its_address_says() -> None:
         assert (getattr(batch, f"{name}_uniform").numpy() == uniform(stream, 3, 5, np.arange(8))).all()
 
 
+class Mirrored(Posterior):
+    """The mirrored sample is the sample plus 1000."""
+
+    has_flips = True
+
+    def read_flipped(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, labels = self.read(indices)
+        values[flipped, :2] += 1000
+        return values, labels
+
+
+def test_a_flip_is_drawn_for_every_sample_and_step_where_the_data_hold_flips() -> None:
+    """By the keyed draws, so by no number of workers or processes; all else of the batch is as without flips."""
+    plain, mirrored = batches(Posterior(), num_steps=40), batches(Mirrored(), num_steps=40)
+    drawn = []
+    for step, (one, other) in enumerate(zip(plain, mirrored, strict=True)):
+        want = uniform(Stream.FLIP, 3, step, np.arange(8)) < 0.5
+        moved = (other.latents - one.latents)[:, 0, 0, 0] > 250  # 1000 times the scale
+        assert moved.tolist() == want.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(one[1:6], other[1:6], strict=True))
+        drawn.append(want)
+    assert 0.4 < np.mean(drawn) < 0.6  # 320 draws: three standard deviations
+    assert same(mirrored, batches(Mirrored(), num_steps=40, num_workers=2))
+    halves = [batches(Mirrored(), num_steps=1, rank=rank, world_size=2)[0].latents for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), mirrored[0].latents)
+
+
+def test_a_source_that_says_it_has_flips_must_read_them() -> None:
+    source = Posterior()
+    source.has_flips = True
+    with pytest.raises(NotImplementedError, match="posterior says has_flips and has no read_flipped"):
+        batches(source, num_steps=1)
+
+
 def test_the_posterior_is_drawn_anew_every_step() -> None:
     source = Posterior()
     source.num_samples = 1

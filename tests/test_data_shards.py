@@ -162,6 +162,72 @@ def test_labels_can_be_ignored(folder: Path) -> None:
     assert batch.labels.tolist() == [0] * 6
 
 
+# Flips
+
+
+@pytest.fixture
+def flipped_folder(tmp_path: Path) -> Path:
+    """Three shards whose flips are 100 more than the moments."""
+    (tmp_path / "plain").mkdir()
+    moments, labels = write_data(tmp_path / "plain")
+    parts = [slice(0, 5), slice(5, 5), slice(5, 12)]
+    written = [
+        write_shard(tmp_path, shard_name(number, 3), moments[part], labels[part], key="mine", flips=moments[part] + 100)
+        for number, part in enumerate(parts)
+    ]
+    about = json.loads((tmp_path / "plain" / "index.json").read_text())
+    kept = {key: about[key] for key in ("shape", "num_classes", "class_names", "shift", "scale", "vae")}
+    write_index(tmp_path, written, has_flips=True, **kept)
+    return tmp_path
+
+
+def test_flips_are_read_where_they_are_asked_for(flipped_folder: Path) -> None:
+    source, plain = open_data(flipped_folder), open_data(flipped_folder / "plain")
+    assert source.has_flips and not plain.has_flips and source.fingerprint() != plain.fingerprint()
+    indices, flipped = np.array([11, 0, 4, 5, 5, 6]), np.array([True, False, True, True, False, True])
+    want, want_labels = plain.read(indices)
+    got, labels = source.read_flipped(indices, flipped)
+    assert (got == want + np.float32(100) * flipped[:, None, None, None]).all() and (labels == want_labels).all()
+    assert (source.read(indices)[0] == want).all()
+    unlabelled = open_data(flipped_folder, ignore_labels=True)
+    assert unlabelled.has_flips and (unlabelled.read_flipped(indices, flipped)[0] == got).all()
+    assert not unlabelled.read_flipped(indices, flipped)[1].any()
+
+
+def test_without_flips_the_index_is_of_version_1(flipped_folder: Path) -> None:
+    """What an earlier version can read stays readable by it; and the checksum is that of before."""
+    plain, flips = (
+        json.loads((folder / "index.json").read_text()) for folder in (flipped_folder / "plain", flipped_folder)
+    )
+    assert (plain["version"], "has_flips" in plain, flips["version"], flips["has_flips"]) == (1, False, 2, True)
+    assert plain["shards"][0]["checksum"] != flips["shards"][0]["checksum"]
+
+
+def test_a_damaged_flip_and_a_shard_without_flips(flipped_folder: Path) -> None:
+    path = flipped_folder / shard_name(2, 3)
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    flips = load_file(path)["moments_flip"]
+    data[whole.index(flips.tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    refused(flipped_folder, "00002-of-00003.safetensors is damaged .its checksum differs from index.json.; run the")
+    path.write_bytes(whole.replace(b"[7,6,4,2]", b"[7,6,2,4]", 1))
+    refused(flipped_folder, "no shard of latents .shapes of moments and moments_flip disagree.")
+    path.write_bytes(whole)
+    _edit_index(flipped_folder, has_flips=False)
+    refused(flipped_folder, "latents-00000-of-00003.safetensors does not belong to index.json")
+
+
+def test_reading_ahead_covers_the_flips_too(flipped_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append((offset, length)))
+    source = open_data(flipped_folder)
+    source.will_need(np.arange(12))
+    opened = [source._file(number) for number in (0, 2)]
+    want = [(array.offset, array.nbytes) for file in opened for array in (file.moments(), file.flips())]
+    assert asked == want
+
+
 # Damage
 
 
@@ -269,7 +335,8 @@ def test_a_nan_names_its_file_and_sample(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"format": "other"}, "index.json is not an index of sra2_fast latents"),
-        ({"version": 2}, "index.json has version 2, not 1"),
+        ({"version": 3}, "index.json has version 3; this version reads 1 to 2, a newer one that one"),
+        ({"version": 2, "has_flips": True}, "00000-of-00003.safetensors does not belong to index.json"),
         ({"shape": [3, 4]}, "index.json is damaged"),
         ({"shift": [0.0]}, "index.json is damaged .shape, shift and scale disagree."),
         ({"shards": [{"file": "x"}]}, "index.json is damaged"),

@@ -67,7 +67,11 @@ class _Steps(Dataset):
         first = step * self.batch_size + int(in_batch[0])
         self._announce(first)
         indices = self.shuffle.take(first, len(in_batch))
-        values, labels = source.read(indices)
+        if source.has_flips:
+            flipped = uniform(Stream.FLIP, self.seed, step, in_batch) < 0.5
+            values, labels = source.read_flipped(indices, flipped)
+        else:
+            values, labels = source.read(indices)
         source.check_finite(values, indices)
         eps = normal(Stream.POSTERIOR, self.seed, step, in_batch, source.shape) if source.has_posterior else None
         arrays = (

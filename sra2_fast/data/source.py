@@ -39,6 +39,7 @@ class LatentSource(ABC):
     num_samples, num_classes: int.
     shape: (C, H, W) of z.
     has_posterior: bool - `read` gives [mean, std] (2C channels) instead of C channels.
+    has_flips: bool - the latents of the mirrored images are there too, and `read_flipped` gives them.
     shift, scale: (C,) float32 - the normalisation.
     class_names: list of num_classes names, or None.
     block_size: int or None - samples that lie together on disk; None: order of reading does not matter.
@@ -51,6 +52,7 @@ class LatentSource(ABC):
     num_classes: int
     shape: tuple[int, int, int]
     has_posterior: bool = False
+    has_flips: bool = False
     shift: np.ndarray
     scale: np.ndarray
     class_names: list[str] | None = None
@@ -62,6 +64,13 @@ class LatentSource(ABC):
     @abstractmethod
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) int64 -> values (n, 2C or C, H, W) float32, labels (n,) int64. Errors name the file."""
+
+    def read_flipped(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`read`, with the mirrored image's values where `flipped` (n,) bool is True. Only where `has_flips`.
+
+        Mirrored is the image, not the latent: what the autoencoder makes of the image flipped from left to right.
+        """
+        raise NotImplementedError(f"{self.name} says has_flips and has no read_flipped")
 
     def describe(self, index: int) -> str:
         """Where sample `index` lies, in words a user can act on."""
@@ -111,7 +120,8 @@ class LatentSource(ABC):
     def outline(self) -> str:
         """Sizes and normalisation, the part of a fingerprint that every layout has."""
         normalisation = f"{self.shift.tolist()} {self.scale.tolist()}"
-        return f"{self.num_samples} {self.num_classes} {self.shape} {self.has_posterior} {normalisation}"
+        flips = " flips" if self.has_flips else ""
+        return f"{self.num_samples} {self.num_classes} {self.shape} {self.has_posterior} {normalisation}{flips}"
 
     def evenly_spaced(self, count: int) -> np.ndarray:
         """(min(count, num_samples),) int64: sample indices from the first to the last."""
@@ -132,10 +142,15 @@ class WithoutLabels(LatentSource):
         self.name, self.num_samples, self.shape = labelled.name, labelled.num_samples, labelled.shape
         self.has_posterior, self.shift, self.scale = labelled.has_posterior, labelled.shift, labelled.scale
         self.vae, self.vae_fingerprint = labelled.vae, labelled.vae_fingerprint
+        self.has_flips = labelled.has_flips
         self.block_size, self.notes = labelled.block_size, labelled.notes
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, labels = self.labelled.read(indices)
+        return values, np.zeros_like(labels)
+
+    def read_flipped(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, labels = self.labelled.read_flipped(indices, flipped)
         return values, np.zeros_like(labels)
 
     def describe(self, index: int) -> str:

@@ -97,7 +97,7 @@ def read_parts(out: Path, job: ShardJob) -> list[Piece]:
     """The parts of an unfinished shard, in order, up to the first that is missing or damaged."""
     pieces: list[Piece] = []
     while (found := read_shard(out, _part_name(job, pieces), job.key)) is not None:
-        part, moments, labels = found
+        part, moments, labels, _ = found
         pieces.append(Piece(moments=moments, labels=labels, unreadable=part.unreadable, **part.record))
     return pieces
 

@@ -1,11 +1,12 @@
 """The project's own format: latents in safetensors shards, one index, read through memory maps.
 
-    FOLDER/latents-00000-of-00003.safetensors   moments (n, 2C, H, W) float32 = [mean, std], labels (n,) int64
+    FOLDER/latents-00000-of-00003.safetensors   moments (n, 2C, H, W) float32 = [mean, std], labels (n,) int64,
+                                                moments_flip like moments, of the mirrored images, where wanted
     FOLDER/index.json                           counts, shapes, normalisation, classes, the autoencoder, checksums
 
 A shard is written whole or not at all, the index last: a folder without an index is not finished. `checksum` is the
-SHA-256 of the shard's moments and labels, kept in the index and in the shard's own metadata, so that a shard proves
-itself. Opening compares sizes, and checksums where that takes about a second; `verify` compares all.
+SHA-256 of the shard's arrays, kept in the index and in the shard's own metadata, so that a shard proves itself. Opening
+compares sizes, and checksums where that takes about a second; `verify` compares all.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..source import LatentSource, digest
 INDEX_FILE = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"
 FORMAT = "sra2_fast latents"
-VERSION = 1
+VERSION = 2  # 1 knows no flips, and is still written where there are none
 BLOCK_SIZE = 256  # samples: 8 MB of SD-VAE moments, enough for a disk to read at full speed
 VERIFY_AT_OPEN_BYTES = 1 << 28
 LONGEST_HEADER = 1 << 26
@@ -51,10 +52,10 @@ def shard_name(number: int, count: int) -> str:
     return f"latents-{number:05d}-of-{count:05d}.safetensors"
 
 
-def checksum(moments: np.ndarray, labels: np.ndarray) -> str:
-    """SHA-256, in hexadecimal, of the bytes of `moments`, then of `labels`."""
+def checksum(moments: np.ndarray, labels: np.ndarray, flips: np.ndarray | None = None) -> str:
+    """SHA-256, in hexadecimal, of the bytes of `moments`, then of `labels`, then of `flips` where there are any."""
     digest = hashlib.sha256()
-    for array in (moments, labels):
+    for array in (moments, labels) if flips is None else (moments, labels, flips):
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -67,18 +68,23 @@ def write_shard(
     key: str,
     unreadable: Iterable[str] = (),
     record: dict[str, Any] | None = None,
+    flips: np.ndarray | None = None,
 ) -> Shard:
     """Write one shard, whole or not at all.
 
     moments: (n, 2C, H, W) float32. labels: (n,) int64.
     key: says what the shard was made from; `finished_shard` asks for the same again.
     record: JSON that `finished_shard` gives back.
+    flips: like moments, of the images flipped from left to right. All shards of a data set have them, or none.
     """
     moments, labels = np.ascontiguousarray(moments, np.float32), np.ascontiguousarray(labels, np.int64)
     unreadable, record = list(unreadable), record or {}
-    check = checksum(moments, labels)
+    tensors = {"moments": moments, "labels": labels}
+    if flips is not None:
+        flips = tensors["moments_flip"] = np.ascontiguousarray(flips, np.float32)
+    check = checksum(moments, labels, flips)
     metadata = {"key": key, "checksum": check, "unreadable": json.dumps(unreadable), "record": json.dumps(record)}
-    header, payload = _serialise({"moments": moments, "labels": labels}, metadata)
+    header, payload = _serialise(tensors, metadata)
     write_whole(folder / name, header, payload)
     return Shard(name, len(labels), len(header) + len(payload), check, unreadable, record)
 
@@ -101,28 +107,30 @@ def finished_shard(folder: Path, name: str, key: str) -> Shard | None:
     return found and found[0]
 
 
-def read_shard(folder: Path, name: str, key: str) -> tuple[Shard, np.ndarray, np.ndarray] | None:
-    """The same with its moments and labels, mapped."""
+def read_shard(folder: Path, name: str, key: str) -> tuple[Shard, np.ndarray, np.ndarray, np.ndarray | None] | None:
+    """The same with its moments, labels and flips, mapped."""
     path = folder / name
     if not path.is_file():
         return None
     try:
         opened = _ShardFile(path)
-        found, moments, labels = opened.metadata, opened.moments(), opened.labels()
-        if found["key"] != key or found["checksum"] != checksum(moments, labels):
+        found, moments, labels, flips = opened.metadata, opened.moments(), opened.labels(), opened.flips()
+        if found["key"] != key or found["checksum"] != checksum(moments, labels, flips):
             return None
         unreadable, record = json.loads(found["unreadable"]), json.loads(found.get("record", "{}"))
     except (InputError, KeyError, ValueError):
         return None
-    return Shard(name, opened.samples, opened.bytes, found["checksum"], unreadable, record), moments, labels
+    return Shard(name, opened.samples, opened.bytes, found["checksum"], unreadable, record), moments, labels, flips
 
 
-def write_index(folder: Path, shards: list[Shard], **about: Any) -> None:
+def write_index(folder: Path, shards: list[Shard], *, has_flips: bool = False, **about: Any) -> None:
     """Write index.json, which makes the folder a finished data set.
 
+    has_flips: whether the shards have `moments_flip`.
     about: shape (C, H, W), num_classes, class_names, shift, scale, vae, and anything worth recording.
     """
-    index = {"format": FORMAT, "version": VERSION, "num_samples": sum(shard.samples for shard in shards), **about}
+    version = {"version": VERSION, "has_flips": True} if has_flips else {"version": 1}
+    index = {"format": FORMAT, **version, "num_samples": sum(shard.samples for shard in shards), **about}
     index["shards"] = [{key: value for key, value in vars(shard).items() if key != "record"} for shard in shards]
     write_whole(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
 
@@ -147,6 +155,7 @@ class ShardSource(LatentSource):
             self.shape = (int(channels), int(height), int(width))
             self.num_classes = int(index["num_classes"])
             self.class_names = index["class_names"]
+            self.has_flips = bool(index.get("has_flips", False))
             vae = index["vae"] or {}
             self.vae, self.vae_fingerprint = vae.get("name"), vae.get("fingerprint")
             self.shift = np.asarray(index["shift"], dtype=np.float32)
@@ -168,12 +177,19 @@ class ShardSource(LatentSource):
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64; copies, not views of the maps."""
+        return self.read_flipped(indices, np.zeros(len(indices), dtype=bool))
+
+    def read_flipped(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same, with the moments of the mirrored images where `flipped` (n,) bool."""
         channels, height, width = self.shape
         values = np.empty((len(indices), 2 * channels, height, width), dtype=np.float32)
         shard_of = self._shard_of(indices)
         for number in np.unique(shard_of):
-            here = shard_of == number
-            values[here] = self._file(int(number)).moments()[indices[here] - self._starts[number]]
+            opened = self._file(int(number))
+            for wanted, stored in ((~flipped, opened.moments()), (flipped, opened.flips())):
+                here = (shard_of == number) & wanted
+                if stored is not None and here.any():
+                    values[here] = stored[indices[here] - self._starts[number]]
         return values, self._labels[indices]
 
     def describe(self, index: int) -> str:
@@ -192,14 +208,14 @@ class ShardSource(LatentSource):
             first, end = block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, self.num_samples)
             for number in range(self._shard_of(first), self._shard_of(end - 1) + 1):
                 start, samples = self._starts[number], self.shards[number].samples
-                if samples:  # posix_fadvise takes a length of 0 for "to the end of the file"
+                if samples:
                     self._file(number).read_ahead(max(first - start, 0), min(end - start, samples))
 
     def verify(self) -> None:
         """Compare every shard with its checksum in the index. Raises InputError naming the damaged one."""
         for number, shard in enumerate(self.shards):
             opened = self._file(number)
-            if checksum(opened.moments(), opened.labels()) != shard.checksum:
+            if checksum(opened.moments(), opened.labels(), opened.flips()) != shard.checksum:
                 raise InputError(
                     f"data: {self.folder / shard.file} is damaged (its checksum differs from {INDEX_FILE}); "
                     f"{AGAIN}, which makes only this shard anew"
@@ -213,7 +229,9 @@ class ShardSource(LatentSource):
         if number not in self._files:
             shard = self.shards[number]
             opened = _ShardFile(self.folder / shard.file, shard.bytes)
-            if opened.samples != shard.samples or opened.moments().shape[1:] != (2 * self.shape[0], *self.shape[1:]):
+            is_of_shape = opened.moments().shape[1:] == (2 * self.shape[0], *self.shape[1:])
+            is_flipped = (opened.flips() is not None) == self.has_flips
+            if opened.samples != shard.samples or not is_of_shape or not is_flipped:
                 raise InputError(f"data: {opened.path} does not belong to {INDEX_FILE}; {AGAIN}")
             self._files[number] = opened
         return self._files[number]
@@ -255,6 +273,11 @@ class _ShardFile:
             self._labels = self._map(header["labels"], "I64", np.int64, 8 + header_bytes)
             if self._moments.ndim != 4 or self._labels.shape != self._moments.shape[:1]:
                 raise ValueError("shapes of moments and labels disagree")
+            self._flips = None
+            if "moments_flip" in header:
+                self._flips = self._map(header["moments_flip"], "F32", np.float32, 8 + header_bytes)
+                if self._flips.shape != self._moments.shape:
+                    raise ValueError("shapes of moments and moments_flip disagree")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"data: {path} is truncated or no shard of latents ({error}); {AGAIN}") from error
         self.samples = len(self._labels)
@@ -267,12 +290,19 @@ class _ShardFile:
         """(n,) int64, mapped."""
         return self._labels
 
+    def flips(self) -> np.ndarray | None:
+        """Like moments, of the mirrored images; None where the shard has none."""
+        return self._flips
+
     def read_ahead(self, first: int, last: int) -> None:
-        """Hint that the moments first .. last - 1 are read soon."""
+        """Hint that the moments first .. last - 1, and their flips, are read soon; the range is not empty, since
+        posix_fadvise takes a length of 0 for "to the end of the file"."""
         row = self._moments[:1].nbytes
-        offset = int(getattr(self._moments, "offset", 0) + first * row)
         with open(self.path, "rb") as file:
-            os.posix_fadvise(file.fileno(), offset, int((last - first) * row), os.POSIX_FADV_WILLNEED)
+            for stored in (self._moments, self._flips):
+                if stored is not None:
+                    offset = int(getattr(stored, "offset", 0) + first * row)
+                    os.posix_fadvise(file.fileno(), offset, int((last - first) * row), os.POSIX_FADV_WILLNEED)
 
     def _map(self, entry: dict[str, Any], code: str, dtype: type, payload: int) -> np.ndarray:
         first, last = entry["data_offsets"]
@@ -297,6 +327,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise InputError(f"data: {path} cannot be read ({error}); {AGAIN}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise InputError(f"data: {path} is not an index of {FORMAT}; give another folder")
-    if index.get("version") != VERSION:
-        raise InputError(f"data: {path} has version {index.get('version')}, not {VERSION}; {AGAIN}")
+    if index.get("version") not in range(1, VERSION + 1):
+        raise InputError(
+            f"data: {path} has version {index.get('version')}; this version reads 1 to {VERSION}, a newer one that one"
+        )
     return index
