@@ -114,3 +114,22 @@ def test_a_model_calls_the_heads_that_somebody_listens_to(checkpoint_blocks: boo
     listener.remove()
     outputs_and_gradients(model, inputs, autocast=True)
     assert 1 not in called
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_images_that_share_time_and_label_share_the_product(implementation: str, autocast: bool) -> None:
+    """A guided batch has one time and half its labels are null: B + 1 rows say it all, in the same velocities."""
+    model = small_model(implementation=implementation).eval()
+    x, _, _ = batch_for(model, 5)
+    pairs, rows = torch.tensor([1, 2, 10]), torch.tensor([1, 0, 1, 2, 2])
+    t = torch.full((5,), 0.3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = model(x, t, pairs[rows])
+        conditioning = model.condition(t[:3], pairs)
+        got = model.velocity(x, conditioning.of(rows))
+        first = model.velocity(x[:2], conditioning.of(rows).first(2))
+    dtype = torch.bfloat16 if autocast else torch.float32
+    for ours, theirs in ((got, want), (first, want[:2])):
+        error, _ = relative_error(ours, theirs)
+        assert error <= allowed(dtype, ROUNDINGS, model.hidden_size)

@@ -10,12 +10,13 @@ import sys
 import pytest
 from repository import ROOT
 
-ANYONE = {"errors", "backends", "files", "progress"}
+ANYONE = {"errors", "backends", "files", "progress", "pictures"}
 IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architecture.md)
     "errors": set(),
     "backends": {"errors"},
     "files": {"errors"},
     "progress": set(),
+    "pictures": {"errors"},
     "info": set(),
     "reference": set(),
     "ops": {"reference", "kernels"},

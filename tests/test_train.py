@@ -20,8 +20,8 @@ from training_runs import TINY, around, assert_same_checkpoint, final, records, 
 
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.errors import InputError
+from sra2_fast.pictures import HEADER
 from sra2_fast.train import build, loop
-from sra2_fast.train.grid import HEADER
 from sra2_fast.train.loop import Trainer, train
 from sra2_fast.train.step import TrainStep
 

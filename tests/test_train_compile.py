@@ -12,7 +12,7 @@ from models import batch_for, small_model
 from training_runs import final, records, tiny
 
 from sra2_fast import load_checkpoint
-from sra2_fast.train import build
+from sra2_fast.models import compile_blocks
 from sra2_fast.train.diagnosis import NonFiniteLoss
 from sra2_fast.train.loop import Trainer, train
 
@@ -58,7 +58,7 @@ def graphs_of(depth: int) -> int:
     """Unique graphs of two training steps under autocast, with an aligned block in the middle."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    model = build.compile_blocks(small_model(depth=depth, align_depth=2, hidden_size=24)).train()
+    model = compile_blocks(small_model(depth=depth, align_depth=2, hidden_size=24)).train()
     inputs = batch_for(model)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sra2_fast.train.grid import HEADER, MARGIN, SampleGrid, header
+from sra2_fast.pictures import HEADER, MARGIN, header, tile
+from sra2_fast.train.grid import SampleGrid
 
 WIDTH = 3 * (64 + 2 * MARGIN)
 
@@ -21,6 +22,15 @@ def test_every_column_carries_the_name_of_its_class() -> None:
         "a name runs over"
     )
     assert header(["\u4e2d\u6587", "\u00e9t\u00e9"], WIDTH).max() > 128  # what the font lacks is no error
+
+
+def test_the_last_row_of_a_picture_may_be_short() -> None:
+    images = np.full((5, 64, 64, 3), 255, np.uint8)
+    picture = tile(images, 3)
+    side = 64 + 2 * MARGIN
+    assert picture.shape == (2 * side, 3 * side, 3)
+    assert picture[side + MARGIN, 2 * side - MARGIN - 1].min() == 255
+    assert picture[side + MARGIN : -MARGIN, 2 * side + MARGIN : -MARGIN].max() == 0
 
 
 def grid(num_classes: int, class_names: list[str] | None) -> SampleGrid:

@@ -11,7 +11,7 @@ from photos import SIZE
 
 from sra2_fast.checkpoints import load_checkpoint
 from sra2_fast.cli import main
-from sra2_fast.train.grid import HEADER
+from sra2_fast.pictures import HEADER
 
 pytestmark = pytest.mark.training
 

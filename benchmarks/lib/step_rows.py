@@ -21,10 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sra2_fast import SiT, SRA2Loss, backends, recipe
 from sra2_fast.data import Batch
 from sra2_fast.errors import InputError, must_be
-from sra2_fast.models import model_sizes
+from sra2_fast.models import compile_blocks, model_sizes
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.allocator import keep_freed_memory
-from sra2_fast.train.build import compile_blocks
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import TrainStep
 

@@ -79,6 +79,20 @@ def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Te
 
     Values are looked at on the CPU only, where that costs no synchronisation; fake tensors and vmap's have none.
     """
+    check_latents(model, x)
+    for name, value in (("t", t), ("y", y), ("force_drop_ids", force_drop_ids)):
+        if value is not None and value.shape != x.shape[:1]:
+            raise must_be("SiT", name, f"(B,) = {tuple(x.shape[:1])}", tuple(value.shape))
+    if not check_labels(model, y):
+        return
+    has_null_label = model.class_dropout_prob > 0
+    if force_drop_ids is not None and not has_null_label and force_drop_ids.is_cpu and force_drop_ids.any():
+        expected = "None or all zero in a model without a null label (class_dropout_prob = 0)"
+        raise must_be("SiT", "force_drop_ids", expected, force_drop_ids.tolist())
+
+
+def check_latents(model: Any, x: Tensor) -> None:
+    """Raise InputError unless x is (B, C, H, W) of the model, in a type that it takes."""
     size = model.input_size
     if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
         raise must_be("SiT", "x", f"(B, {model.in_channels}, {size}, {size})", tuple(x.shape))
@@ -89,23 +103,21 @@ def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Te
         raise must_have_type("SiT", "x", "float32 or bfloat16 (float16 is not supported)", x.dtype)
     if not x.is_floating_point():
         raise must_have_type("SiT", "x", "float32 or bfloat16", x.dtype)
-    for name, value in (("t", t), ("y", y), ("force_drop_ids", force_drop_ids)):
-        if value is not None and value.shape != x.shape[:1]:
-            raise must_be("SiT", name, f"(B,) = {tuple(x.shape[:1])}", tuple(value.shape))
+
+
+def check_labels(model: Any, y: Tensor) -> bool:
+    """Raise InputError unless y holds labels of the model. False where its values could not be looked at for free."""
     if y.is_floating_point() or y.dtype == torch.bool:
         raise must_have_type("SiT", "y", "an integer tensor of labels", y.dtype)
     has_no_values = isinstance(y, FakeTensor) or torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling() or not y.numel() or has_no_values:
-        return
+        return False
     if y.is_cpu:
         rows = model.y_embedder.embedding_table.num_embeddings
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= rows:
             raise must_be("SiT", "y", f"labels from 0 to {rows - 1}", low if low < 0 else high)
-    has_null_label = model.class_dropout_prob > 0
-    if force_drop_ids is not None and not has_null_label and force_drop_ids.is_cpu and force_drop_ids.any():
-        expected = "None or all zero in a model without a null label (class_dropout_prob = 0)"
-        raise must_be("SiT", "force_drop_ids", expected, force_drop_ids.tolist())
+    return True
 
 
 def check_guidance(model: Any, x: Tensor, channels: int | None) -> None:

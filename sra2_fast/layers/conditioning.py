@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 FREQUENCIES = 256
 MAX_PERIOD = 10000
+
+
+class Conditioning(NamedTuple):
+    """c, and what the adaLN heads of all layers make of it, for U pairs of time and label."""
+
+    c: Tensor  # (U, D)
+    modulations: list[Tensor | None]  # (U, M_i) of every block and the final layer; None: it computes its own from c
+
+    def of(self, rows: Tensor) -> Conditioning:
+        """Row i for an image of pair rows[i]. rows: (B,) int64."""
+        return Conditioning(self.c[rows], [None if one is None else one[rows] for one in self.modulations])
+
+    def first(self, count: int) -> Conditioning:
+        """The first `count` rows, without a copy."""
+        return Conditioning(self.c[:count], [None if one is None else one[:count] for one in self.modulations])
 
 
 class TimestepEmbedder(nn.Module):

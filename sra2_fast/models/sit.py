@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError, must_be
 from ..layers import checks
 from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
-from ..layers.conditioning import LabelEmbedder, TimestepEmbedder
+from ..layers.conditioning import Conditioning, LabelEmbedder, TimestepEmbedder
 from ..layers.modulation import modulate_all
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
 from ..layers.plain import is_plain, watched
@@ -115,6 +115,7 @@ class SiT(nn.Module):
             )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, implementation=implementation)
         watched(self.final_layer)
+        watched(self)
         self.initialize_weights()
 
     @property
@@ -195,7 +196,25 @@ class SiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Velocity tokens (B, N, P), and the tokens (B, N, D) after block `tap` (0: what enters the first block)."""
         tokens, c = self._embed(x, t, y, force_drop_ids)
-        modulations = self._modulations(c, self.depth + 1)
+        return self._velocity_and_hidden(tokens, Conditioning(c, self._modulations(c, self.depth + 1)), tap)
+
+    def condition(self, t: Tensor, y: Tensor) -> Conditioning:
+        """What the layers are told of every (t, y), for `velocity`: a sampler's images share few of them.
+
+        t: (U,) float. y: (U,) int. In eval mode: labels are dropped by chance while training.
+        """
+        checks.check_labels(self, y)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        return Conditioning(c, self._modulations(c, self.depth + 1))
+
+    def velocity(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """`forward(x, t, y)` with what `condition(t, y)` made of them, one row an image (`Conditioning.of`)."""
+        checks.check_latents(self, x)
+        tokens = self.x_embedder(x) + self.pos_embed
+        return self.unpatchify(self._velocity_and_hidden(tokens, conditioning, 0)[0])
+
+    def _velocity_and_hidden(self, tokens: Tensor, conditioning: Conditioning, tap: int) -> tuple[Tensor, Tensor]:
+        c, modulations = conditioning
         hidden = closed(self._run_blocks(tokens, c, modulations, 0, tap))
         stream = self._run_blocks(hidden, c, modulations, tap, self.depth)
         if not is_plain(self.final_layer, FinalLayer):

@@ -108,14 +108,6 @@ def build_optimizer(options: TrainOptions, model: SiT) -> AdamWEMA:
     )
 
 
-def compile_blocks(model: SiT) -> SiT:
-    """torch.compile block by block, in place: depth 28 compiles no more graphs than depth 4, and fusion across blocks
-    stays. The projector is left as it is, since its last layer is read by the loss's own kernel."""
-    for layer in (*model.blocks, model.final_layer):
-        layer.compile()
-    return model
-
-
 def build_schedule(options: TrainOptions) -> recipe.UpdateSchedule:
     """Learning rate and decay of every update."""
     return recipe.UpdateSchedule(options.lr, options.lr_warmup, options.ema_decay)

@@ -25,13 +25,14 @@ from .. import backends
 from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
 from ..errors import InputError, is_out_of_memory
-from ..models import SiT
+from ..models import SiT, compile_blocks
+from ..pictures import can_write_png, write_png
 from ..progress import progress_bar
 from ..vae.decode import make_decoder
 from . import build
 from .allocator import keep_freed_memory
 from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
-from .grid import SampleGrid, can_write_png, write_png
+from .grid import SampleGrid
 from .interrupt import Interrupt, Interrupted
 from .options import TrainOptions
 from .resume import check_same_run, describe_run, find_checkpoint
@@ -120,7 +121,7 @@ class Trainer:
         return self.take_step.step
 
     def _compiled(self, model: SiT) -> SiT:
-        return build.compile_blocks(model) if self.options.compile else model
+        return compile_blocks(model) if self.options.compile else model
 
     def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
