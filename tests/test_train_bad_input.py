@@ -106,11 +106,11 @@ def test_a_latent_with_nan_is_named_and_nothing_is_saved(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_latents_that_are_not_square_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_that_the_patch_does_not_divide_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source: LatentSource = DigitsSource()
-    source.shape = (1, 8, 4)
+    source.shape = (1, 8, 6)
     monkeypatch.setattr(loop, "open_data", lambda spec, num_classes, **told: source)
-    with pytest.raises(InputError, match=r"latents of digits must be square, got 8x4"):
+    with pytest.raises(InputError, match=r"digits has latents of 8x6, which the patch size 4 of --model 16,2,2,4 does"):
         train(options(tmp_path / "run"))
 
 

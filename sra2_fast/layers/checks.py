@@ -23,9 +23,18 @@ def constructor_arguments(names: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in names.items() if k not in ("self", "__class__", "compat_kwargs", "block_kwargs")}
 
 
+def latent_size(input_size: Any) -> tuple[int, int]:
+    """(H, W) of the constructor's input_size, one number or two. Raises InputError for anything else."""
+    sides = [input_size] if isinstance(input_size, int) else input_size
+    is_pair = isinstance(sides, (list, tuple)) and 1 <= len(sides) <= 2
+    if not is_pair or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise must_be("SiT", "input_size", "a positive integer, or two (height, width)", input_size)
+    return sides[0], sides[-1]
+
+
 def check_arguments(**config: Any) -> None:
     """Raise InputError unless the sizes fit together."""
-    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+    for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise must_be("SiT", name, "a positive integer", config[name])
     if config["implementation"] not in IMPLEMENTATIONS:
@@ -33,8 +42,9 @@ def check_arguments(**config: Any) -> None:
     patch_size, hidden_size, num_heads = config["patch_size"], config["hidden_size"], config["num_heads"]
     depth, align_depth = config["depth"], config["align_depth"]
     widths = {name: config[name] for name in ("projector_dim", "projection_dim")}
+    is_divided = all(side % patch_size == 0 for side in latent_size(config["input_size"]))
     for name, is_right, expected in (
-        ("input_size", config["input_size"] % patch_size == 0, f"divisible by patch_size = {patch_size}"),
+        ("input_size", is_divided, f"divisible by patch_size = {patch_size}"),
         ("hidden_size", hidden_size % num_heads == 0, f"divisible by num_heads = {num_heads}"),
         ("hidden_size", hidden_size % 4 == 0, "divisible by 4 (the sine-cosine positions)"),
         ("mlp_ratio", hidden_size * config["mlp_ratio"] >= 1, "such that the MLP has a width of at least 1"),
@@ -93,9 +103,9 @@ def check_inputs(model: Any, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Te
 
 def check_latents(model: Any, x: Tensor) -> None:
     """Raise InputError unless x is (B, C, H, W) of the model, in a type that it takes."""
-    size = model.input_size
-    if x.dim() != 4 or x.shape[1:] != (model.in_channels, size, size):
-        raise must_be("SiT", "x", f"(B, {model.in_channels}, {size}, {size})", tuple(x.shape))
+    height, width = model.latent_size
+    if x.dim() != 4 or x.shape[1:] != (model.in_channels, height, width):
+        raise must_be("SiT", "x", f"(B, {model.in_channels}, {height}, {width})", tuple(x.shape))
     if autocast_dtype(x.device.type) == torch.float16:
         way_out = "bfloat16 (float16 is not supported; accelerate: --mixed-precision bf16)"
         raise must_have_type("SiT", "the autocast dtype", way_out, torch.float16)

@@ -6,7 +6,7 @@ objective can be computed inside `forward` (`loss_inputs`), because DDP and FSDP
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -41,7 +41,7 @@ class SiT(nn.Module):
     but its t = 0 is noise: `-model(x, 1 - t, y)` is then the velocity that samplers of this package want. Samplers
     that write `model(...)[0]` want a model of `sra2_fast.compat`.
 
-    input_size: height and width of the latent; patch_size must divide it.
+    input_size: side of the latent, or (height, width); patch_size must divide both.
     hidden_size, depth, num_heads, mlp_ratio: D, number of blocks, H, MLP width over D.
     class_dropout_prob: chance of a label being replaced by the null label (row num_classes) while training.
     learn_sigma: the output layer has 2C channels and the second half is ignored, as in the SiT repository.
@@ -57,7 +57,7 @@ class SiT(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | Sequence[int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         hidden_size: int = 1152,
@@ -82,8 +82,10 @@ class SiT(nn.Module):
         config["align_depth"] = align_depth = checks.check_compat_kwargs(compat_kwargs, hidden_size, align_depth)
         config["implementation"] = implementation = implementation or "fused"
         checks.check_arguments(**config)
+        self.latent_size = height, width = checks.latent_size(input_size)
+        config["input_size"] = self.input_size = height if height == width else (height, width)
         self._config = config
-        self.input_size = input_size
+        self.grid = (height // patch_size, width // patch_size)  # rows, columns of tokens
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -98,9 +100,8 @@ class SiT(nn.Module):
         self.implementation = implementation
         self.checkpoint_blocks = checkpoint_blocks
 
-        num_patches = (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, hidden_size), requires_grad=False)
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(self.grid, patch_size, in_channels, hidden_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
@@ -129,7 +130,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 _init_linear(module, nn.init.xavier_uniform_)
         with torch.no_grad():
-            self.pos_embed.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
+            self.pos_embed.copy_(sincos_positions(self.hidden_size, self.grid))
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(self.hidden_size, -1))
         assert patches.bias is not None
@@ -269,8 +270,8 @@ class SiT(nn.Module):
         return pixels[..., : self.in_channels].flatten(2)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, p p C) -> (B, C, input_size, input_size), for any C."""
-        return unpatchify(x, self.patch_size, self.input_size, self.input_size)
+        """Tokens (B, N, p p C) -> (B, C, H, W), for any C."""
+        return unpatchify(x, self.patch_size, *self.latent_size)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance: v = v_null + cfg_scale (v_label - v_null) (arXiv 2207.12598, Eq. 6).

@@ -23,6 +23,7 @@ from .terms import Terms
 from .time import TIMES, time_from_uniform
 
 TARGETS = ("vae", "features", "teacher")
+REDUCTIONS = ("mean", "none")
 
 
 class SRA2Loss:
@@ -38,6 +39,8 @@ class SRA2Loss:
     schedule, schedule_steps: "constant", "linear" decay to 0, or "stop" at a step; the last two need `step=` at a call.
     teacher_depth: the teacher's block; None is 20 for a 28-block model, else twice the student's (at most the depth).
     teacher_gap: the teacher's time is clamp(t - u, 0, 1) with u uniform in [0, teacher_gap].
+    reduction: "mean", or "none" for the losses of each sample, (B,), to weight them: their means are the losses of
+        "mean". They come from PyTorch's own operators, not from the fused loss.
     Raises InputError for an unknown word or a value out of range.
     """
 
@@ -54,14 +57,21 @@ class SRA2Loss:
         schedule_steps: int | None = None,
         teacher_depth: int | None = None,
         teacher_gap: float = recipe.TEACHER_GAP,
+        reduction: str = "mean",
     ) -> None:
         self.path = "cosine" if path == "gvp" else path
         self.time, self.align, self.target = time, align, target
         self.align_weight = recipe.ALIGN_WEIGHT.get(align or "", 0.0) if align_weight is None else align_weight
         self.beta = beta
         self.schedule = Schedule(schedule, schedule_steps)
-        self.teacher_depth, self.teacher_gap = teacher_depth, teacher_gap
-        for name, words in (("path", PATHS), ("time", TIMES), ("align", (*ALIGNMENTS, None)), ("target", TARGETS)):
+        self.teacher_depth, self.teacher_gap, self.reduction = teacher_depth, teacher_gap, reduction
+        for name, words in (
+            ("path", PATHS),
+            ("time", TIMES),
+            ("align", (*ALIGNMENTS, None)),
+            ("target", TARGETS),
+            ("reduction", REDUCTIONS),
+        ):
             if getattr(self, name) not in words:
                 raise must_be("SRA2Loss", name, " or ".join(map(str, words)), repr(getattr(self, name)))
         for name, is_right, expected in (
@@ -136,7 +146,7 @@ class SRA2Loss:
             (B,) - u above. `draws` fills what is None (labels are dropped only while the model trains).
         features: (B, N, F) - for target="features". teacher: the EMA copy - for target="teacher".
         step: the training step, for a schedule.
-        Returns LossOutput(total, velocity, align); total alone carries gradients.
+        Returns LossOutput(total, velocity, align), 0-d or with reduction="none" (B,); total alone carries gradients.
         Raises InputError naming the argument that is missing, superfluous or of the wrong shape.
         """
         given = {"t": t, "noise": noise, "label_drop": label_drop, "teacher_gap": teacher_gap}
@@ -160,7 +170,9 @@ class SRA2Loss:
                 block = self._teacher_block(sit)
                 x_t = _like_weights(x_t, teacher)
                 target_tokens = teacher(x_t, earlier, labels, force_drop_ids=keep_labels, return_hidden=block)
-        terms = Terms(latents, draws.noise, draws.t, self.path, self.align, weight, self.beta, target_tokens)
+        terms = Terms(
+            latents, draws.noise, draws.t, self.path, self.align, weight, self.beta, target_tokens, self.reduction
+        )
         x_t = interpolant(self.path, draws.t).mix(latents, draws.noise)
         return model(_like_weights(x_t, model), draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
 

@@ -24,6 +24,7 @@ class Terms:
     align: the alignment's name, None for the velocity loss alone.
     weight: lambda, a float, or a 0-d tensor where a schedule changes it.
     target_tokens: (B, N, F) features of an encoder or a teacher; None aligns with the latent itself.
+    reduction: "mean", or "none" for the losses of each sample, which no kernel of ours computes.
 
     A plain class on purpose: FSDP's mixed precision casts every tensor that it finds in a dataclass, tuple or dict on
     the way into `forward`, and targets rounded to bf16 are other targets.
@@ -39,10 +40,11 @@ class Terms:
         weight: float | Tensor,
         beta: float,
         target_tokens: Tensor | None = None,
+        reduction: str = "mean",
     ) -> None:
         self.latents, self.noise, self.t = latents, noise, t
         self.path, self.align, self.weight, self.beta = path, align, weight, beta
-        self.target_tokens = target_tokens
+        self.target_tokens, self.reduction = target_tokens, reduction
 
     @property
     def needs_hidden(self) -> bool:
@@ -54,10 +56,11 @@ class Terms:
         patch_size = model.patch_size
         batch = (velocity_tokens, self.latents, self.noise, self.t)
         if self.align is None:
-            velocity = velocity_loss(*batch, patch_size, self.path)
+            velocity = velocity_loss(*batch, patch_size, self.path, self.reduction)
             return LossOutput(velocity, velocity.detach(), torch.zeros_like(velocity))
         head = model.alignment_head
-        last = model.readable_last_projection() if self.target_tokens is None else None
+        is_one_op = self.target_tokens is None and self.reduction == "mean"
+        last = model.readable_last_projection() if is_one_op else None
         if isinstance(head, nn.Sequential) and last is not None:
             self._check_width(last.out_features, velocity_tokens.shape[-1])
             op = _fused if model.implementation == "fused" else _eager
@@ -71,8 +74,8 @@ class Terms:
             if projection.shape != target.shape:
                 expected = f"(B, N, projection_dim) = {tuple(projection.shape)}"
                 raise must_be("SRA2Loss", "target tokens", expected, tuple(target.shape))
-            velocity = velocity_loss(*batch, patch_size, self.path)
-            align = alignment_loss(projection, target, self.align, self.beta)
+            velocity = velocity_loss(*batch, patch_size, self.path, self.reduction)
+            align = alignment_loss(projection, target, self.align, self.beta, reduction=self.reduction)
         return LossOutput(velocity + self.weight * align, velocity.detach(), align.detach())
 
     def _check_width(self, projection_dim: int, width: int) -> None:

@@ -27,25 +27,31 @@ _WAY_OUT = 'implementation="eager" takes'
 _FUSED_ON = backends.fused_devices(_OP)
 
 
-def alignment_loss(projection: Tensor, target: Tensor, align: str, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
+def alignment_loss(
+    projection: Tensor, target: Tensor, align: str, beta: float = 0.05, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
     """The distance of projection and target tokens, a float32 mean (docs/method.md; arXiv 2601.17830).
 
     projection, target: (B, N, P) - compared in float32 (float64 stays).
     align: cosine (negative, per token), smooth_l1 (with beta), mse or l1 (means over elements).
     eps: a norm below it counts as it, so a zero token gives a finite value and gradient.
+    reduction: "mean" over everything, 0-d, or "none": the mean of each sample, (B,).
     """
     if projection.dtype != torch.float64:
         projection, target = projection.float(), target.float()
     if align == "cosine":
         cosine = F.normalize(projection, dim=-1, eps=eps) * F.normalize(target, dim=-1, eps=eps)
-        return -cosine.sum(-1).mean()
+        cosine = -cosine.sum(-1)
+        return cosine.mean() if reduction == "mean" else _per_sample(cosine)
     if align == "smooth_l1":
-        return F.smooth_l1_loss(projection, target, beta=beta)
-    if align == "mse":
-        return F.mse_loss(projection, target)
-    if align == "l1":
-        return F.l1_loss(projection, target)
-    raise must_be("alignment_velocity_loss", "align", " or ".join(ALIGNMENTS), repr(align))
+        distance = F.smooth_l1_loss(projection, target, beta=beta, reduction=reduction)
+    elif align == "mse":
+        distance = F.mse_loss(projection, target, reduction=reduction)
+    elif align == "l1":
+        distance = F.l1_loss(projection, target, reduction=reduction)
+    else:
+        raise must_be("alignment_velocity_loss", "align", " or ".join(ALIGNMENTS), repr(align))
+    return distance if reduction == "mean" else _per_sample(distance)
 
 
 def velocity_loss(
@@ -55,12 +61,20 @@ def velocity_loss(
     t: Tensor,
     patch_size: int,
     path: str = "linear",
+    reduction: str = "mean",
 ) -> Tensor:
-    """Mean over all elements of (v - (a' z + s' e))^2, in float32 (float64 stays)."""
+    """Mean over all elements of (v - (a' z + s' e))^2, in float32 (float64 stays); reduction as `alignment_loss`."""
     target = patchify(interpolant(path, t.to(latents.dtype)).velocity(latents, noise), patch_size)
     if velocity_tokens.dtype != torch.float64:
         velocity_tokens = velocity_tokens.float()
-    return F.mse_loss(velocity_tokens, target.to(velocity_tokens.dtype))
+    target = target.to(velocity_tokens.dtype)
+    distance = F.mse_loss(velocity_tokens, target, reduction=reduction)
+    return distance if reduction == "mean" else _per_sample(distance)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the mean of each sample."""
+    return values.flatten(1).mean(1)
 
 
 def eager(

@@ -56,9 +56,7 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
     """The model on the CPU, its weights a function of the seed alone. options: resolved."""
     channels, height, width = source.shape
     sizes = model_sizes(options.model, "train")
-    if height != width:
-        raise must_be("train", f"latents of {source.name}", "square", f"{height}x{width}")
-    if height % sizes["patch_size"]:
+    if height % sizes["patch_size"] or width % sizes["patch_size"]:
         raise InputError(
             f"train: {source.name} has latents of {height}x{width}, which the patch size {sizes['patch_size']} of "
             f"--model {options.model} does not divide; choose another patch size"
@@ -68,7 +66,7 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
         torch.manual_seed(options.seed)
         return SiT(
             **sizes,
-            input_size=height,
+            input_size=(height, width),
             in_channels=channels,
             num_classes=options.num_classes or source.num_classes,
             class_dropout_prob=options.label_dropout,
