@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SAMPLING_STEP = 8  # the noise of a stochastic sampler (step = its step)
     PREPARE = 9  # the order in which images are laid out in shards
     FLIP = 10  # uniform; the mirrored image is taken where it is below 1/2, of data that hold one
+    CROP = 11  # the random crop of an image by `prepare` (index = a hash of its name)
 
 
 def generator(stream: Stream, seed: int, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", required=True, help="where the latents go; the same command again goes on"
     )
     parser.add_argument("--image-size", type=int, default=256, help="side of the square images (%(default)s)")
+    parser.add_argument(
+        "--crop",
+        choices=("center", "random"),
+        default="center",
+        help="from the middle, or from a random place and with 80 to 100 %% of the shorter side (%(default)s)",
+    )
+    parser.add_argument("--flip", action="store_true", help="encode the mirrored images too; training draws which")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded together (%(default)s)")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
@@ -88,6 +95,8 @@ def _prepare(args: argparse.Namespace, out: Path) -> int:
         batch_size=args.batch_size,
         precision=precision,
         shard_size=args.shard_size,
+        crop=args.crop,
+        flip=args.flip,
     )
     make_folder(out)
     keep_to_plan(out, options, images)
@@ -155,6 +164,7 @@ def _finish(
     write_index(
         out,
         shards,
+        has_flips=options.flip,
         shape=list(shape),
         num_classes=len(images.class_names),
         class_names=images.class_names,
@@ -198,4 +208,5 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[str, str]:
 
 def _summary(source: ShardSource) -> str:
     shape = "x".join(str(size) for size in source.shape)
-    return f"{source.num_samples} latents of {shape}, {source.num_classes} classes, {len(source.shards)} shards"
+    flips = ", each mirrored too" if source.has_flips else ""
+    return f"{source.num_samples} latents of {shape}{flips}, {source.num_classes} classes, {len(source.shards)} shards"

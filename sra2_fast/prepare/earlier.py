@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
     if path.is_file():
         try:
-            before = dict(json.loads(path.read_bytes()))
+            before = {**_defaults(), **json.loads(path.read_bytes())}
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"prepare: {path} cannot be read ({error}); remove it or give another --out") from error
         if "vae_fingerprint" not in before:
@@ -55,6 +56,11 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     elif is_shards(out):
         raise InputError(f"prepare: --out {out} holds latents of another origin; give another folder")
     write_whole(path, json.dumps({**vars(options), "listing": listing}, indent=1).encode())
+
+
+def _defaults() -> dict[str, object]:
+    """What the options were that an earlier version did not know yet."""
+    return {field.name: field.default for field in fields(EncodeOptions) if field.default is not MISSING}
 
 
 def survey(

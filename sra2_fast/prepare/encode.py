@@ -38,6 +38,8 @@ class EncodeOptions:
     batch_size: int
     precision: str
     shard_size: int
+    crop: str = "center"
+    flip: bool = False  # the mirrored images are encoded too
 
 
 def shard_jobs(images: ImageList, options: EncodeOptions) -> list[ShardJob]:
@@ -69,7 +71,7 @@ def encode_shards(
     size = options.batch_size
     chunks = [batch for work in works for batch in work.missing(size)]
     loader = DataLoader(
-        ImageChunks(images, chunks, options.image_size),
+        ImageChunks(images, chunks, options.image_size, options.crop),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=min(num_workers, len(chunks)),
@@ -89,7 +91,7 @@ def encode_shards(
                         refused += chunk.unreadable
                         bar.set_description("only checking")
                     if not refused:
-                        work.add(_encode(vae, chunk, images, options.precision))
+                        work.add(_encode(vae, chunk, images, options))
                     bar.update(len(chunk.marks))
             except KeyboardInterrupt:
                 work.save()
@@ -112,10 +114,12 @@ def latent_shape(vae: torch.nn.Module, image_size: int) -> tuple[int, int, int]:
     return normalisation(vae).channels, image_size // factor, image_size // factor
 
 
-def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: str) -> Piece:
+def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, options: EncodeOptions) -> Piece:
+    pixels = chunk.pixels
     return Piece(
         batches=1,
-        moments=_moments(vae, chunk, images, precision),
+        moments=_moments(vae, pixels, chunk, images, options.precision),
+        flips=_moments(vae, pixels.flip(-1), chunk, images, options.precision) if options.flip else None,
         labels=images.labels[chunk.positions],
         unreadable=chunk.unreadable,
         marks=mark_texts(chunk.marks),
@@ -123,12 +127,12 @@ def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: st
     )
 
 
-def _moments(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: str) -> np.ndarray:
-    """(n, 2C, H, W) float32 of the readable images of `chunk`."""
+def _moments(vae: torch.nn.Module, pixels: torch.Tensor, chunk: Chunk, images: ImageList, precision: str) -> np.ndarray:
+    """(n, 2C, H, W) float32 of `pixels`, those of the readable images of `chunk`."""
     if not len(chunk.positions):
-        channels, height, width = latent_shape(vae, chunk.pixels.shape[-1])
+        channels, height, width = latent_shape(vae, pixels.shape[-1])
         return np.empty((0, 2 * channels, height, width), dtype=np.float32)
-    moments = encode(vae, chunk.pixels, precision)
+    moments = encode(vae, pixels, precision)
     finite = np.isfinite(moments).all(axis=(1, 2, 3))
     if not finite.all():
         bad = [images.files[position] for position in chunk.positions[~finite]]
@@ -138,7 +142,9 @@ def _moments(vae: torch.nn.Module, chunk: Chunk, images: ImageList, precision: s
 
 def _key(images: ImageList, positions: np.ndarray, options: EncodeOptions) -> str:
     """A hash of the options and of every image's name and label; their contents have marks of their own."""
-    decisive = [options.vae_fingerprint, options.image_size, options.batch_size, options.precision]
+    decisive: list[Any] = [options.vae_fingerprint, options.image_size, options.batch_size, options.precision]
+    if options.crop != "center" or options.flip:  # else the key is that of before there was a choice
+        decisive += [options.crop, options.flip]
     digest = hashlib.sha256(json.dumps(decisive).encode())
     for position in positions:
         digest.update(f"{images.files[position]}\0{images.labels[position]}\n".encode())

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 from ..progress import progress_bar
 from .convert import UNREADABLE, to_rgb
-from .crop import center_crop
+from .crop import Crop, center_crop, crop_of
 from .listing import ImageList
 
 MARK_BYTES = 40  # 8 of the file's size, 32 of the SHA-256 of its bytes
@@ -40,10 +40,11 @@ class Chunk(NamedTuple):
 class ImageChunks(Dataset):
     """Item i is the images at chunks[i], read and cropped; a DataLoader reads them in worker processes."""
 
-    def __init__(self, images: ImageList, chunks: list[np.ndarray], size: int) -> None:
+    def __init__(self, images: ImageList, chunks: list[np.ndarray], size: int, crop: str = "center") -> None:
         self.images = images
         self.chunks = chunks
         self.size = size
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -57,7 +58,7 @@ class ImageChunks(Dataset):
             try:
                 data = (self.images.folder / file).read_bytes()
                 row[...] = _mark(data)
-                square, kinds = read_square(data, self.size)
+                square, kinds = read_square(data, self.size, crop_of(self.crop, file))
             except UNREADABLE as error:
                 unreadable.append(f"{file} ({reason(error)})")
                 continue
@@ -74,7 +75,7 @@ class ImageChunks(Dataset):
         return Chunk(np.array(positions, dtype=np.int64), stacked, unreadable, marks, dict(converted))
 
 
-def read_square(data: bytes, size: int) -> tuple[np.ndarray, list[str]]:
+def read_square(data: bytes, size: int, crop: Crop = center_crop) -> tuple[np.ndarray, list[str]]:
     """The bytes of an image file -> (size, size, 3) uint8, and how it was converted. Raises one of UNREADABLE."""
     from PIL import Image
 
@@ -83,7 +84,7 @@ def read_square(data: bytes, size: int) -> tuple[np.ndarray, list[str]]:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 rgb, kinds = to_rgb(image)
-                return center_crop(rgb, size), kinds
+                return crop(rgb, size), kinds
         except Image.DecompressionBombError as error:
             raise OSError(str(error)) from error
 

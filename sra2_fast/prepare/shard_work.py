@@ -37,6 +37,7 @@ class Piece:
 
     batches: int
     moments: np.ndarray  # (n, 2C, h, w) float32
+    flips: np.ndarray | None  # like moments, of the mirrored images; None where they are not wanted
     labels: np.ndarray  # (n,) int64
     unreadable: list[str]  # images that were left out, with reasons
     marks: list[str]  # of every image file, in order, the unreadable ones too (reading.mark_texts)
@@ -44,7 +45,7 @@ class Piece:
 
     def write(self, out: Path, name: str, key: str) -> Shard:
         record = {"batches": self.batches, "marks": self.marks, "converted": self.converted}
-        return write_shard(out, name, self.moments, self.labels, key, self.unreadable, record)
+        return write_shard(out, name, self.moments, self.labels, key, self.unreadable, record, self.flips)
 
 
 class ShardWork:
@@ -97,8 +98,8 @@ def read_parts(out: Path, job: ShardJob) -> list[Piece]:
     """The parts of an unfinished shard, in order, up to the first that is missing or damaged."""
     pieces: list[Piece] = []
     while (found := read_shard(out, _part_name(job, pieces), job.key)) is not None:
-        part, moments, labels, _ = found
-        pieces.append(Piece(moments=moments, labels=labels, unreadable=part.unreadable, **part.record))
+        part, moments, labels, flips = found
+        pieces.append(Piece(moments=moments, flips=flips, labels=labels, unreadable=part.unreadable, **part.record))
     return pieces
 
 
@@ -111,9 +112,11 @@ def total(converted: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _join(pieces: list[Piece]) -> Piece:
+    flips = [piece.flips for piece in pieces if piece.flips is not None]
     return Piece(
         sum(piece.batches for piece in pieces),
         np.concatenate([piece.moments for piece in pieces]),
+        np.concatenate(flips) if flips else None,
         np.concatenate([piece.labels for piece in pieces]),
         [name for piece in pieces for name in piece.unreadable],
         [mark for piece in pieces for mark in piece.marks],
