@@ -30,7 +30,7 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "data": {"randomness"},
     "vae": {"data"},
     "prepare": {"data", "randomness", "vae"},
-    "sampling": {"ops", "models"},
+    "sampling": {"ops", "models", "layers"},
     "checkpoints": set(),
     "train": {"checkpoints", "data", "models", "objective", "optim", "randomness", "recipe", "sampling", "vae"},
     "cli": {"info", "prepare", "train"},

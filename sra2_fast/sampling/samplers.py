@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, must_be
+from .guidance import GuidedVelocity
 
 Velocity = Callable[[Tensor, float, float], Tensor]
 METHODS = ("euler", "heun", "dopri5")
@@ -50,7 +51,7 @@ def sample_ode(
     Raises InputError for an unknown method, shapes that do not fit, or guidance without a null label.
     The state is accumulated in float64.
     """
-    velocity = _guided_velocity("sample_ode", model, noise, labels, cfg_scale, guidance_interval, guided_channels)
+    velocity = GuidedVelocity("sample_ode", model, noise, labels, cfg_scale, guidance_interval, guided_channels)
     if method not in METHODS:
         raise must_be("sample_ode", "method", "one of " + ", ".join(METHODS), repr(method))
     if steps < 1:
@@ -80,15 +81,17 @@ def sample_sde(
     path: str = "linear",
     last_step: float = 0.04,
     generator: torch.Generator | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Integrate dx = (v - w(t)/2 score) dt + sqrt(w(t)) dW backwards in time, w(t) = 2t, by Euler-Maruyama.
 
     steps: model calls: `steps` - 1 equal noisy steps from t = 1 to `last_step`, and one noise-free step from there to 0
     path: "linear" or "cosine" - the path the model was trained on; it turns velocity into score
     generator: of the noise's device; draws the noise of every step
+    step_noise: instead, the number of a step (from 0) -> (B, C, H, W) standard normals, for draws that belong to images
     The other arguments, the result and the errors are those of `sample_ode`.
     """
-    velocity = _guided_velocity("sample_sde", model, noise, labels, cfg_scale, guidance_interval, guided_channels)
+    velocity = GuidedVelocity("sample_sde", model, noise, labels, cfg_scale, guidance_interval, guided_channels)
     if path not in PATHS:
         raise must_be("sample_sde", "path", "one of " + ", ".join(PATHS), repr(path))
     if steps < 2:
@@ -97,12 +100,15 @@ def sample_sde(
         raise must_be("sample_sde", "last_step", "between 0 and 1", last_step)
     x = noise.to(torch.float64)
     times = [*torch.linspace(1.0, last_step, steps, dtype=torch.float64).tolist(), 0.0]
-    for t, t_next in itertools.pairwise(times):
+    for number, (t, t_next) in enumerate(itertools.pairwise(times)):
         v = velocity(x, t, t)
         diffusion = 2.0 * t
         x = x + (t_next - t) * (v - 0.5 * diffusion * score_from_velocity(v, x, t, path))
         if t_next > 0.0:
-            draw = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            if step_noise is not None:
+                draw = step_noise(number).to(x)
+            else:
+                draw = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             x = x + math.sqrt(diffusion * (t - t_next)) * draw
     return x.to(noise.dtype)
 
@@ -117,57 +123,6 @@ def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path: str = "line
         return -((1.0 - t) * velocity + x) / t
     theta = math.pi * t / 2
     return -(x + (2 / math.pi) * (math.cos(theta) / math.sin(theta)) * velocity)
-
-
-def _guided_velocity(
-    op: str,
-    model: Callable[..., Any],
-    noise: Tensor,
-    labels: Tensor,
-    cfg_scale: float,
-    guidance_interval: tuple[float, float],
-    guided_channels: int | None,
-) -> Velocity:
-    """velocity(x, t, t_decides): the model's, guided while `t_decides` lies in the interval.
-
-    Heun's second call passes the time of its first, so that both slopes of a step are of the same field.
-    """
-    if noise.dim() != 4 or not noise.is_floating_point():
-        raise must_be(op, "noise", "float (B, C, H, W)", f"{noise.dtype} {tuple(noise.shape)}")
-    batch = noise.shape[0]
-    if labels.shape != (batch,) or labels.is_floating_point():
-        raise must_be(op, "labels", f"int (B,) = ({batch},)", f"{labels.dtype} {tuple(labels.shape)}")
-    if guided_channels is not None and not 1 <= guided_channels <= noise.shape[1]:
-        raise must_be(op, "guided_channels", f"None or 1 to {noise.shape[1]}", guided_channels)
-    low, high = guidance_interval
-    null_labels = _null_labels(op, model, labels) if cfg_scale != 1.0 else labels
-    doubled_labels = torch.cat([labels, null_labels])
-
-    def call(x: Tensor, t: float, y: Tensor) -> Tensor:
-        x = x.to(noise.dtype)
-        out = model(x, torch.full((x.shape[0],), t, dtype=noise.dtype, device=x.device), y)
-        return (out[0] if isinstance(out, tuple) else out).to(torch.float64)
-
-    def velocity(x: Tensor, t: float, t_decides: float) -> Tensor:
-        if cfg_scale == 1.0 or not low <= t_decides <= high:
-            return call(x, t, labels)
-        conditional, null = call(torch.cat([x, x]), t, doubled_labels).chunk(2)
-        guided = null + cfg_scale * (conditional - null)
-        if guided_channels is None:
-            return guided
-        return torch.cat([guided[:, :guided_channels], conditional[:, guided_channels:]], dim=1)
-
-    return velocity
-
-
-def _null_labels(op: str, model: Any, labels: Tensor) -> Tensor:
-    model = getattr(model, "module", model)  # DistributedDataParallel's wrapper hides its model's attributes
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is None or getattr(model, "class_dropout_prob", 1.0) == 0:
-        raise InputError(
-            f"{op}: cfg_scale must be 1.0 for a model without a null label; train with label dropout above 0 to guide"
-        )
-    return torch.full_like(labels, num_classes)
 
 
 def _dopri5(velocity: Velocity, x: Tensor, rtol: float, atol: float) -> Tensor:
