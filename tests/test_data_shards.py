@@ -254,7 +254,8 @@ def test_a_missing_a_wrong_and_an_empty_path(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     refused(
         tmp_path,
-        "holds no known layout .sra2-fast shards, REPA/SRA vae-sd.; make latents with sra2-fast prepare, "
+        "holds no known layout .sra2-fast shards, REPA/SRA vae-sd .* flat .npy files.; make latents with sra2-fast "
+        "prepare, "
         "or bring your own as docs/data.md says",
     )
     refused(tmp_path / "notes.txt", "notes.txt is a file; give the folder")
@@ -326,9 +327,8 @@ def test_a_nan_names_its_file_and_sample(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "index.json").read_text())
     index["shards"][2]["checksum"] = shard.checksum
     _edit_index(tmp_path, shards=index["shards"])
-    loader = make_loader(open_data(tmp_path), batch_size=12, seed=0, num_steps=1)
     with pytest.raises(InputError, match=r"NaN or infinity in .*latents-00002-of-00003.safetensors, sample 2; encode"):
-        list(loader)
+        list(make_loader(open_data(tmp_path), batch_size=12, seed=0, num_steps=1))
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_sample_of_another_shape(repa: Path) -> None:
     np.save(repa / "vae-sd" / name(0), np.ones((3, 16, 16), np.float32))
     refused(repa, r"img-mean-std-00000000.npy must hold \[mean, std\], got 3 channels")
     np.save(repa / "vae-sd" / name(0), np.ones((16, 16), np.float32))
-    refused(repa, r"img-mean-std-00000000.npy must be \(2C, H, W\), got \(16, 16\)")
+    refused(repa, r"img-mean-std-00000000.npy must be one latent, \(C, H, W\) or \(1, C, H, W\), got \(16, 16\)")
 
 
 def test_a_nan_names_its_file(repa: Path) -> None:

@@ -40,6 +40,7 @@ class LatentSource(ABC):
     shape: (C, H, W) of z.
     has_posterior: bool - `read` gives [mean, std] (2C channels) instead of C channels.
     has_flips: bool - the latents of the mirrored images are there too, and `read_flipped` gives them.
+    has_labels: bool - False where nothing is known about classes: num_classes is 1, every label 0.
     shift, scale: (C,) float32 - the normalisation.
     class_names: list of num_classes names, or None.
     block_size: int or None - samples that lie together on disk; None: order of reading does not matter.
@@ -53,6 +54,7 @@ class LatentSource(ABC):
     shape: tuple[int, int, int]
     has_posterior: bool = False
     has_flips: bool = False
+    has_labels: bool = True
     shift: np.ndarray
     scale: np.ndarray
     class_names: list[str] | None = None
@@ -101,8 +103,13 @@ class LatentSource(ABC):
         raise InputError(f"data: NaN or infinity in {', '.join(named)}{more}; encode these images again or remove them")
 
     def spread(self) -> float:
-        """The standard deviation of z over all elements of up to SPREAD_SAMPLES samples, posterior included."""
-        values, _ = self.read(self.evenly_spaced(SPREAD_SAMPLES))
+        """The standard deviation of z over all elements of up to SPREAD_SAMPLES samples, posterior included.
+
+        Raises InputError naming those with a NaN or an infinity.
+        """
+        indices = self.evenly_spaced(SPREAD_SAMPLES)
+        values, _ = self.read(indices)
+        self.check_finite(values, indices)
         variance = self.latents(values).var(dtype=np.float64)
         if self.has_posterior:
             std = np.split(values, 2, axis=1)[1] * self.scale[:, None, None]
@@ -136,6 +143,7 @@ class WithoutLabels(LatentSource):
     """The same latents as one class: every label is 0."""
 
     num_classes = 1
+    has_labels = False
 
     def __init__(self, labelled: LatentSource) -> None:
         self.labelled = labelled

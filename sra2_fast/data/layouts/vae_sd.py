@@ -1,15 +1,18 @@
-"""The layout of REPA and SRA, read as it is: one .npy a sample, labels in dataset.json.
+"""The layout of REPA and SRA, and of REPA-E and SR-DiT after it: one .npy a sample, labels in dataset.json.
 
     vae-sd/dataset.json                                {"labels": [["00000/img-mean-std-00000000.npy", 207], ...]}
-    vae-sd/00000/img-mean-std-00000000.npy             (2C, H, W) or (1, 2C, H, W) float32 = [mean, std], not scaled
+    vae-sd/00000/img-mean-std-00000000.npy             (2C, H, W) or (1, 2C, H, W) = [mean, std], not scaled
+    vae-in/00000/img-latents-00000000.npy              (C, H, W): sampled, not scaled (SR-DiT)
 
-The folder itself and its parent (which holds images/ beside it) are both accepted. "labels": null, which REPA's own
-tools write for pictures without classes, is one class. The layout records no normalisation: with four channels it is
-taken to be Stable Diffusion's, z = (mean + std * eps) * 0.18215, any other number of channels has to be told.
+The folder itself, under any name, and its parent (which holds images/ beside it) are both accepted. "labels": null,
+which REPA's own tools write for pictures without classes, is no labels. The layout records no normalisation: four
+channels are taken to be Stable Diffusion's, 32 sampled ones E2E-INVAE's; REPA-E's NAME-latents-stats.pt is read where
+it lies beside the folder or in it, and anything else has to be told.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,24 +21,31 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..normalisation import Numbers, per_channel
-from ..source import LatentSource, digest
+from ..normalisation import (
+    E2E_INVAE_CHANNELS,
+    E2E_INVAE_SCALE,
+    SD_CHANNELS,
+    SD_SCALING_FACTOR,
+    Numbers,
+    normalise,
+    read_statistics,
+)
+from .npy_files import SUFFIX, NpyFolderSource
 
-SD_SCALING_FACTOR, SD_CHANNELS = 0.18215, 4
-FOLDER = "vae-sd"
+FOLDERS = ("vae-sd", "vae-in")
 LABELS_FILE = "dataset.json"
-PREFIX, SUFFIX = "img-mean-std-", ".npy"
+MEAN_STD, SAMPLED = "img-mean-std-", "img-latents-"
+STATS_SUFFIX = "-latents-stats.pt"
+LOOKED_AT = 64  # names in a folder, to tell what it holds
 
 
 def is_vae_sd(path: Path) -> bool:
     """Whether `path` is such a folder, or holds one."""
-    return path.name == FOLDER or (path / FOLDER).is_dir() or (path / LABELS_FILE).is_file()
+    return bool(_folders(path)) or (path / LABELS_FILE).is_file()
 
 
-class VaeSdSource(LatentSource):
+class VaeSdSource(NpyFolderSource):
     """A vae-sd/ folder. File names and labels are held in memory; every sample is a file, read when asked for."""
-
-    has_posterior = True
 
     def __init__(
         self,
@@ -45,72 +55,85 @@ class VaeSdSource(LatentSource):
         ignore_labels: bool = False,
     ) -> None:
         """z = (value - latent_shift) * latent_scale; ignore_labels: dataset.json is not even read."""
-        self.folder = path / FOLDER if (path / FOLDER).is_dir() else path
-        self.name = str(self.folder)
-        found = _sample_files(self.folder)
+        folder = _the_folder(path)
+        found = _sample_files(folder)
         if not found:
-            raise InputError(f"data: {self.folder} holds no {PREFIX}*{SUFFIX}; give the vae-sd folder or its parent")
+            raise InputError(f"data: {folder} holds no {MEAN_STD}*{SUFFIX}; give the vae-sd folder or its parent")
+        kinds = {MEAN_STD if name.rpartition("/")[2].startswith(MEAN_STD) else SAMPLED for name in found}
+        if len(kinds) > 1:
+            raise InputError(f"data: {folder} holds both {MEAN_STD}*{SUFFIX} and {SAMPLED}*{SUFFIX}; keep one kind")
+        labels = None if ignore_labels else _read_labels(folder / LABELS_FILE)
         self.notes: list[str] = []
-        labels = None if ignore_labels else _read_labels(self.folder / LABELS_FILE)
-        if labels is None:
-            if not ignore_labels:
-                self.notes.append(f"{self.folder / LABELS_FILE} has no labels: all samples are of one class, label 0")
-            labels = dict.fromkeys(found, 0)
-        self._files = sorted(labels)
-        _check_complete(self.folder, found, labels)
-        self._labels = np.array([labels[file] for file in self._files], dtype=np.int64)
-        self.num_samples = len(self._files)
-        self.num_classes = int(self._labels.max()) + 1
-        channels, height, width = self._load(0).shape
-        if channels % 2:
-            raise InputError(f"data: {self.describe(0)} must hold [mean, std], got {channels} channels")
-        self.shape = (channels // 2, height, width)
-        scale = self._assumed_scale(channels // 2) if latent_scale is None else latent_scale
-        self.scale = per_channel("--latent-scale", scale, channels // 2)
-        self.shift = per_channel("--latent-shift", 0.0 if latent_shift is None else latent_shift, channels // 2)
+        if labels is None and not ignore_labels:
+            self.notes.append(f"{folder / LABELS_FILE} has no labels: all samples are of one class, label 0")
+        if labels is not None:
+            _check_complete(folder, found, labels)
+        files = sorted(found)
+        numbers = None if labels is None else np.array([labels[file] for file in files], dtype=np.int64)
+        self._open(folder, files, numbers, has_posterior=MEAN_STD in kinds)
+        self._normalise(latent_scale, latent_shift)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64."""
-        channels, height, width = self.shape
-        values = np.empty((len(indices), 2 * channels, height, width), dtype=np.float32)
-        for row, index in zip(values, indices, strict=True):
-            moments = self._load(int(index))
-            if moments.shape != row.shape:
-                raise InputError(f"data: {self.describe(int(index))} must be {row.shape}, got {moments.shape}")
-            row[...] = moments
-        return values, self._labels[indices]
+    def _normalise(self, scale: Numbers | None, shift: Numbers | None) -> None:
+        stats = _statistics_file(self.folder)
+        if stats is not None:
+            if scale is not None or shift is not None:
+                raise InputError(
+                    f"data: {stats} records the normalisation; leave out --latent-scale and --latent-shift, or move it"
+                )
+            self.shift, self.scale = read_statistics(stats, "latents_bias", self.shape[0], scale="latents_scale")
+        else:
+            normalise(self, self._assumed_scale() if scale is None else scale, shift)
 
-    def describe(self, index: int) -> str:
-        return str(self.folder / self._files[index])
-
-    def fingerprint(self) -> str:
-        """Of all file names and labels, and of the values of a sample of the files."""
-        return digest(super().fingerprint(), "\n".join(self._files), self._labels)
-
-    def _assumed_scale(self, channels: int) -> float:
-        if channels != SD_CHANNELS:
+    def _assumed_scale(self) -> float:
+        channels = self.shape[0]
+        if self.has_posterior and channels == SD_CHANNELS:
+            of, scale = "Stable Diffusion's", SD_SCALING_FACTOR
+        elif not self.has_posterior and channels == E2E_INVAE_CHANNELS:
+            of, scale = "E2E-INVAE's, as SR-DiT has them", E2E_INVAE_SCALE
+        else:
             raise InputError(
                 f"data: {self.name} holds latents of {channels} channels and no normalisation; give --latent-scale "
                 f"(and --latent-shift): z = (value - shift) * scale, one number or {channels}"
             )
         self.notes.append(
-            f"{self.name} records no normalisation: taken to be Stable Diffusion's, z = value * {SD_SCALING_FACTOR}; "
+            f"{self.name} records no normalisation: taken to be {of}, z = value * {scale}; "
             "for latents of another autoencoder give --latent-scale and --latent-shift"
         )
-        return SD_SCALING_FACTOR
+        return scale
 
-    def _load(self, index: int) -> np.ndarray:
-        try:
-            moments = np.load(self.folder / self._files[index], allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"data: {self.describe(index)} cannot be read ({_one_line(error)}); encode this image again"
-            ) from error
-        if moments.ndim == 4 and moments.shape[0] == 1:
-            moments = moments[0]
-        if moments.ndim != 3:
-            raise InputError(f"data: {self.describe(index)} must be (2C, H, W), got {moments.shape}")
-        return moments
+
+def _folders(path: Path) -> list[Path]:
+    """The folders of samples that `path` is or holds."""
+    if path.name in FOLDERS or _begins_with_samples(path):
+        return [path]
+    below = sorted(one for one in path.iterdir() if one.is_dir())
+    return [one for one in below if one.name in FOLDERS or _begins_with_samples(one)]
+
+
+def _the_folder(path: Path) -> Path:
+    """The one folder of samples that `path` is or holds; itself where there is none. Raises InputError for two."""
+    found = _folders(path)
+    if len(found) > 1:
+        names = " and ".join(str(one) for one in found)
+        raise InputError(f"data: {path} holds {names}; give the one to train on")
+    return found[0] if found else path
+
+
+def _begins_with_samples(folder: Path) -> bool:
+    """Whether the first names in `folder`, or in a numbered folder in it, are those of samples: a quick look."""
+    with os.scandir(folder) as entries:
+        first = list(itertools.islice(entries, LOOKED_AT))
+    if any(_is_sample(entry.name) for entry in first):
+        return True
+    numbered = next((entry.path for entry in first if entry.name.isdecimal() and entry.is_dir()), None)
+    if numbered is None:
+        return False
+    with os.scandir(numbered) as entries:
+        return any(_is_sample(entry.name) for entry in itertools.islice(entries, LOOKED_AT))
+
+
+def _is_sample(name: str) -> bool:
+    return name.startswith((MEAN_STD, SAMPLED)) and name.endswith(SUFFIX)
 
 
 def _sample_files(folder: Path) -> set[str]:
@@ -119,34 +142,47 @@ def _sample_files(folder: Path) -> set[str]:
     for parent, _, files in os.walk(folder):
         relative = os.path.relpath(parent, folder).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        found.update(f"{prefix}{file}" for file in files if file.startswith(PREFIX) and file.endswith(SUFFIX))
+        found.update(f"{prefix}{file}" for file in files if _is_sample(file))
     return found
 
 
-def _read_labels(path: Path) -> dict[str, int] | None:
-    """File name -> label; None for "labels": null.
+def _statistics_file(folder: Path) -> Path | None:
+    """REPA-E's NAME-latents-stats.pt for this folder, where there is one."""
+    inside = sorted(folder.glob(f"*{STATS_SUFFIX}"))
+    beside = folder.with_name(f"{folder.name}{STATS_SUFFIX}")
+    return inside[0] if inside else beside if beside.is_file() else None
 
-    Raises InputError for anything but null or a list of [name, label >= 0].
-    """
+
+def _read_labels(path: Path) -> dict[str, int] | None:
+    """File name -> label; None for "labels": null. Raises InputError where there is no such file."""
     if not path.is_file():
         raise InputError(
             f"data: {path} is missing; it holds the labels of the samples beside it (--ignore-labels does without)"
         )
     try:
-        entries = json.loads(path.read_bytes())["labels"]
+        return labels_of(json.loads(path.read_bytes())["labels"], str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"data: {path} cannot be read ({error!r}); write it again") from error
+
+
+def labels_of(entries: Any, where: str) -> dict[str, int] | None:
+    """File name -> label of the "labels" of a dataset.json; None for null.
+
+    Raises InputError, naming `where`, for anything but null or a list of [name, label >= 0].
+    """
     if entries is None:
         return None
     if not isinstance(entries, list) or not entries:
         raise InputError(
-            f"data: {path}: labels must be null or a list of [file, label]; --ignore-labels does without them"
+            f"data: {where}: labels must be null or a list of [file, label]; --ignore-labels does without them"
         )
     labels: dict[str, int] = {}
     for entry in entries:
         name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, -1)
         if not isinstance(name, str) or not _is_label(label):
-            raise InputError(f"data: {path}: label out of range: {entry!r} must be [file, integer from 0]")
+            raise InputError(f"data: {where}: label out of range: {entry!r} must be [file, integer from 0]")
         labels[name.replace("\\", "/")] = label
     return labels
 
@@ -168,7 +204,3 @@ def _check_complete(folder: Path, found: set[str], labels: dict[str, int]) -> No
             f"data: {folder / min(unlabelled)} has no label in {LABELS_FILE} ({len(unlabelled)} such files); "
             "add them to it or remove them"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
