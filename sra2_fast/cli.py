@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import EXIT_BAD_INPUT, EXIT_TEMPORARY, InputError, TemporaryFailure
 
 COMMANDS = {
     "prepare": ("sra2_fast.prepare", "encode a folder of images with a VAE into latents to train on"),
@@ -33,7 +33,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is its own, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command; the exit code is its own, 2 for bad input, 75 to try again later, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = f"sra2-fast {name}" if name in COMMANDS else "sra2-fast"
         message = " ".join(str(error).split()).removeprefix(f"{name}: ")
         print(f"{prefix}: {message}", file=sys.stderr)
-        return 2
+        return EXIT_TEMPORARY if isinstance(error, TemporaryFailure) else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"sra2-fast {name}: interrupted", file=sys.stderr)
         return 130

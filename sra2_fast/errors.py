@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import errno
 
+EXIT_BAD_INPUT = 2
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h
+
 # torch says out of memory as a plain RuntimeError on a CPU, and where cuBLAS finds no room for its workspace.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names it and says what to do."""
+
+
+class TemporaryFailure(InputError):
+    """Nothing that was given is wrong: the same command may go on later (a folder in use, a process that was killed).
+
+    The command line ends with EXIT_TEMPORARY instead of 2, so that who started it can tell the two apart.
+    """
 
 
 class InputTypeError(InputError, TypeError):

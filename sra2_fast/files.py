@@ -1,19 +1,64 @@
-"""Writing a file whole or not at all: under another name, fsynced, renamed."""
+"""Writing a file whole or not at all (under another name, fsynced, renamed), and folders that one process uses."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import weakref
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, TemporaryFailure
 
 PARTIAL = ".partial"
+LOCK_FILE = ".lock"
 
 
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+class FolderLock:
+    """`folder` for this process alone, from here until `close()` or the end of the process, however it ends.
+
+    Processes that are forked from it do not hold it: a worker that outlives a killed run would keep the next one out.
+    op: the command, for messages. Where the file system has no locks nothing is locked.
+    Raises TemporaryFailure where another process has it, InputError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, op: str) -> None:
+        self.path = folder / LOCK_FILE
+        try:
+            self._file = open(self.path, "w")  # noqa: SIM115 - held as long as the lock
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{op}: --out {folder} cannot be written ({reason}); choose another folder") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise TemporaryFailure(
+                f"{op}: --out {folder} is in use by another process; choose another folder, or wait for it"
+            ) from error
+        except OSError:
+            pass
+        _held.add(self)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _leave_locks_to_the_parent() -> None:
+    for lock in list(_held):
+        lock.close()  # this process's copy of the open file; the parent's keeps the lock
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
+def write_whole(path: Path, *parts: bytes | memoryview, op: str = "data") -> None:
     """Write the bytes of `parts` to `path`; after a kill or on a full disk it is the old file or the new one.
 
+    op: begins the message.
     Raises InputError naming `path` and the reason; then nothing of the new file is left.
     """
     partial = path.with_name(path.name + PARTIAL)
@@ -29,7 +74,7 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise InputError(
-            f"data: cannot write {path} ({error.strerror or error}); make room or choose a folder that can be written, "
+            f"{op}: cannot write {path} ({error.strerror or error}); make room or choose a folder that can be written, "
             "then run the same command again (what is finished is kept)"
         ) from error
 

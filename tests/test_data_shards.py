@@ -17,6 +17,7 @@ from sra2_fast.data.layouts import shards as shards_module
 from sra2_fast.data.layouts.shards import ShardSource, finished_shard, shard_name, write_index, write_shard
 from sra2_fast.errors import InputError
 from sra2_fast.files import make_folder, write_whole
+from sra2_fast.schemas import sealed
 
 COUNTS = (5, 0, 7)  # a shard may be empty: all its images were unreadable
 SHAPE = (3, 4, 2)
@@ -239,7 +240,7 @@ def _flip_a_byte(path: Path) -> None:
 
 def _edit_index(folder: Path, **changes: object) -> None:
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, **changes}))
+    (folder / "index.json").write_text(json.dumps(sealed({**index, **changes})))
 
 
 def refused(folder: Path, match: str) -> None:
@@ -297,7 +298,7 @@ def test_checksums_of_large_data_are_left_to_verify(folder: Path, monkeypatch: p
 def test_a_shard_of_another_data_set(folder: Path) -> None:
     other = write_shard(folder, shard_name(0, 3), np.ones((5, 8, 2, 2), np.float32), np.zeros(5, np.int64), "key 0")
     index = json.loads((folder / "index.json").read_text())
-    index["shards"][0]["bytes"] = other.bytes
+    index["shards"][0].update(bytes=other.bytes, checksum=other.checksum)
     _edit_index(folder, shards=index["shards"])
     refused(folder, "latents-00000-of-00003.safetensors does not belong to index.json")
 
@@ -313,7 +314,11 @@ def test_a_file_that_is_no_shard(folder: Path) -> None:
 
 def test_a_label_out_of_range_names_its_sample(folder: Path) -> None:
     labels = np.array([0, 1, 9, 2, 3])
-    write_shard(folder, shard_name(0, 3), np.ones((5, 6, 4, 2), np.float32), labels, "key 0")
+    shard = write_shard(folder, shard_name(0, 3), np.ones((5, 6, 4, 2), np.float32), labels, "key 0")
+    refused(folder, "latents-00000-of-00003.safetensors holds other latents than index.json says; run the same")
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["checksum"] = shard.checksum
+    _edit_index(folder, shards=index["shards"])
     refused(folder, "label out of range: .*latents-00000-of-00003.safetensors, sample 2 has label 9, .* says 4 classes")
     with pytest.raises(InputError, match=r"label out of range: .* has 4 classes, the model 2"):
         write_data(folder)

@@ -15,6 +15,8 @@ from photos import COUNT, SHARD_SIZE, command, contents, refused
 
 from sra2_fast.cli import main
 from sra2_fast.data import open_data
+from sra2_fast.errors import InputError
+from sra2_fast.files import FolderLock
 from sra2_fast.prepare import encode as encode_module
 from sra2_fast.prepare import shard_work
 from sra2_fast.prepare.listing import list_images
@@ -260,10 +262,54 @@ def test_a_folder_of_an_earlier_version(
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     index = json.loads((out / "index.json").read_text())
-    del index["prepared_from"]["pictures"]
+    del index["prepared_from"]["pictures"], index["seal"]
     (out / "index.json").write_text(json.dumps(index))
     refused(capsys, command(photos, vae_path, out), r"does not say what it was made from \(KeyError.*\); give")
     plan = json.loads((out / "prepare.json").read_text())
     del plan["vae_fingerprint"]
     (out / "prepare.json").write_text(json.dumps(plan))
     refused(capsys, command(photos, vae_path, out), "out was begun by an earlier version of sra2-fast; give another")
+
+
+def change(path: Path, before: bytes, after: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(before) >= 1 and len(before) == len(after)
+    path.write_bytes(data.replace(before, after, 1))
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("index.json", b'"scale": [', b'"scale": {'),
+        ("index.json", b'"seal": ', b'"sebl": '),
+        ("index.json", b'"num_classes": 2', b'"num_classes": 3'),
+        ("index.json", b'"format": "sra2_fast', b'"format": "sra3_fast'),
+        ("latents-00001-of-00003.safetensors", b'"unreadable":"[]"', b'"unreadable":"{}"'),
+        ("latents-00001-of-00003.safetensors", b'"unreadable":', b'"unreaaable":'),
+        ("latents-00001-of-00003.safetensors", b'"key":"', b'"kez":"'),
+    ],
+)
+def test_a_damaged_index_or_key_is_repaired_by_the_rerun_that_its_message_asks_for(
+    photos: Path, vae_path: Path, whole: Path, tmp_path: Path, file: str, before: bytes, after: bytes
+) -> None:
+    """The message said to run the same command again, which gave the same message again."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    change(out / file, before, after)
+    if file == "index.json":
+        with pytest.raises(InputError, match=r"index.json .*; run the same sra2-fast prepare again"):
+            open_data(out)
+    assert main(command(photos, vae_path, out)) == 0
+    assert contents(out) == contents(whole)
+
+
+def test_two_at_once_do_not_write_into_one_folder(
+    photos: Path, vae_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    lock = FolderLock(out, "prepare")
+    assert main(command(photos, vae_path, out)) == 75
+    assert "out is in use by another process; choose another folder, or wait for it" in capsys.readouterr().err
+    assert not contents(out)
+    lock.close()
+    assert main(command(photos, vae_path, out)) == 0

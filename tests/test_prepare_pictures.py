@@ -227,6 +227,13 @@ def test_the_previews_in_a_phone_s_jpeg_are_no_frames(photo: np.ndarray) -> None
 # What is hard to read
 
 
+@pytest.mark.parametrize("format", ["PPM", "ICO", "PCX", "TGA"])
+def test_no_other_format_is_opened_whatever_the_name_says(photo: np.ndarray, format: str) -> None:
+    """Pillow tried all it knows, those that run a program (EPS) or read slowly among them."""
+    with pytest.raises(OSError, match="cannot identify"):
+        read_square(saved(Image.fromarray(photo[:64, :64]), format=format), 32)
+
+
 @pytest.mark.parametrize(("width", "height"), [(1, 20_000), (20_000, 1), (3, 9_000)])
 def test_an_extremely_long_picture_takes_little_memory(width: int, height: int) -> None:
     """1 x 20,000 pixels were resized to 256 x 5,120,000 (3.9 GB) before the middle was cut out."""

@@ -10,11 +10,12 @@ import sys
 import pytest
 from repository import ROOT
 
-ANYONE = {"errors", "backends", "files", "progress", "pictures"}
+ANYONE = {"errors", "backends", "files", "progress", "pictures", "schemas"}
 IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architecture.md)
     "errors": set(),
     "backends": {"errors"},
     "files": {"errors"},
+    "schemas": {"errors"},
     "progress": set(),
     "pictures": {"errors"},
     "info": set(),

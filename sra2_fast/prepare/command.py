@@ -9,6 +9,7 @@ finished folder the same command compares every checksum and every image, and ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import sys
@@ -59,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode what is missing in --out. 0 when it is whole, 130 after Ctrl-C; raises InputError for bad input."""
+    """Encode what is missing in --out. 0 when it is whole, 130 after Ctrl-C.
+
+    Raises InputError for bad input, TemporaryFailure where another process works in --out.
+    """
     from ..data.layouts.shards import ShardSource
 
     out = Path(args.out)
@@ -68,14 +72,15 @@ def run(args: argparse.Namespace) -> int:
         source.verify()
         print(f"all checksums right: {_summary(source)} in {out}")
         return 0
-    return _prepare(args, out)
+    with contextlib.ExitStack() as held:
+        return _prepare(args, out, held)
 
 
-def _prepare(args: argparse.Namespace, out: Path) -> int:
+def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) -> int:
     from ..data.layouts.shards import INDEX_FILE, ShardSource
-    from ..files import make_folder
+    from ..files import FolderLock, make_folder
     from ..vae.autoencoder import fingerprint, load_vae
-    from .earlier import keep_to_plan, survey
+    from .earlier import discard_damaged_index, keep_to_plan, survey
     from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
     from .listing import list_images
     from .reading import check_classes
@@ -99,6 +104,8 @@ def _prepare(args: argparse.Namespace, out: Path) -> int:
         flip=args.flip,
     )
     make_folder(out)
+    held.enter_context(contextlib.closing(FolderLock(out, "prepare")))
+    discard_damaged_index(out)
     keep_to_plan(out, options, images)
     jobs = shard_jobs(images, options)
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if args.num_workers is None else args.num_workers

@@ -11,19 +11,32 @@ import json
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..data.layouts.shards import INDEX_FILE, Shard, finished_shard, is_shards, read_index
+from ..data.layouts.shards import INDEX_FILE, Shard, as_index, finished_shard, is_shards, read_index
 from ..errors import InputError
 from ..files import write_whole
 from ..progress import progress_bar
+from ..schemas import Damaged, as_type, read_json
 from .encode import EncodeOptions
 from .listing import ImageList
 from .reading import has_size_of, mark_of
 from .shard_work import ShardJob, ShardWork, read_parts
 
 PLAN_FILE = "prepare.json"
+
+
+def discard_damaged_index(out: Path) -> None:
+    """Remove an index that is not what was written: the folder is unfinished then, and its shards prove themselves."""
+    if not (out / PLAN_FILE).is_file() or not (out / INDEX_FILE).is_file():
+        return
+    try:
+        as_index(out, read_index(out))
+    except Damaged as error:
+        print(f"{str(error).removeprefix('data: ').rpartition(';')[0]}; it is made anew")
+        (out / INDEX_FILE).unlink()
 
 
 def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
@@ -35,9 +48,9 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
     if path.is_file():
         try:
-            before = {**_defaults(), **json.loads(path.read_bytes())}
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"prepare: {path} cannot be read ({error}); remove it or give another --out") from error
+            before = {**_defaults(), **as_type(read_json(path), dict[str, Any])}
+        except Damaged as error:
+            raise InputError(f"prepare: {path} {error}; remove it or give another --out") from error
         if "vae_fingerprint" not in before:
             raise InputError(f"prepare: {out} was begun by an earlier version of sra2-fast; give another --out")
         if before["vae_fingerprint"] != options.vae_fingerprint:
@@ -78,6 +91,8 @@ def survey(
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
         for job in jobs:
             shard = finished_shard(out, job.name, job.key)
+            if shard and not _has_marks(shard.record, len(job.positions)):
+                shard = None
             changed = _first_changed(images, job.positions, shard.record["marks"], pool) if shard else None
             if pictures and changed:
                 raise _other_images(out, images, f"{changed} was changed")
@@ -91,6 +106,11 @@ def survey(
                 works.append(_unfinished(out, images, job, pool))
             bar.update(len(job.positions))
     return shards, works
+
+
+def _has_marks(record: dict[str, Any], count: int) -> bool:
+    marks = record.get("marks")
+    return isinstance(marks, list) and len(marks) == count and all(isinstance(mark, str) for mark in marks)
 
 
 def digest_of(marks: list[str]) -> str:
@@ -125,8 +145,8 @@ def _indexed_pictures(out: Path) -> dict[str, str]:
         return {}
     index = read_index(out)
     try:
-        return dict(index["prepared_from"]["pictures"])
-    except (KeyError, TypeError, ValueError) as error:
+        return as_type(index["prepared_from"]["pictures"], dict[str, str])
+    except (KeyError, TypeError, Damaged) as error:
         raise InputError(
             f"prepare: {out / INDEX_FILE} does not say what it was made from ({error!r}); give another --out"
         ) from error

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # as Pillow names them
 READ = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 MAX_NAMED = 3
 

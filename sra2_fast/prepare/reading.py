@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..progress import progress_bar
 from .convert import UNREADABLE, to_rgb
 from .crop import Crop, center_crop, crop_of
-from .listing import ImageList
+from .listing import FORMATS, ImageList
 
 MARK_BYTES = 40  # 8 of the file's size, 32 of the SHA-256 of its bytes
 NO_MARK = "unreadable"
@@ -82,7 +82,7 @@ def read_square(data: bytes, size: int, crop: Crop = center_crop) -> tuple[np.nd
     with warnings.catch_warnings(), _without_libtiff(data):
         warnings.simplefilter("ignore")  # they would cut the progress bar to pieces
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 rgb, kinds = to_rgb(image)
                 return crop(rgb, size), kinds
         except Image.DecompressionBombError as error:

@@ -99,7 +99,11 @@ def read_parts(out: Path, job: ShardJob) -> list[Piece]:
     pieces: list[Piece] = []
     while (found := read_shard(out, _part_name(job, pieces), job.key)) is not None:
         part, moments, labels, flips = found
-        pieces.append(Piece(moments=moments, flips=flips, labels=labels, unreadable=part.unreadable, **part.record))
+        about = {"labels": labels, "unreadable": part.unreadable, **part.record}
+        try:
+            pieces.append(Piece(moments=moments, flips=flips, **about))
+        except TypeError:  # other entries than ours
+            break
     return pieces
 
 

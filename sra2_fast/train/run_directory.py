@@ -10,7 +10,6 @@ OUT/checkpoints/step-00000040/   see sra2_fast/checkpoints/training.py
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
+from ..files import LOCK_FILE, FolderLock
 from .scalars import Scalars
 
 
@@ -36,18 +36,11 @@ class RunDirectory:
         self._scalars: Scalars | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
         except OSError as error:
             raise InputError(
                 f"train: --out {path} cannot be written ({error.strerror}); choose another folder"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise InputError(f"train: --out {path} is in use by another process; choose another folder") from error
-        except OSError:
-            pass  # a file system without locks
+        self._lock = FolderLock(self.path, "train")
         self._is_new = is_new
         remove_partial_checkpoints(self.checkpoints)
 
@@ -91,8 +84,8 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 self.metrics.close()
         entries = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        if self._is_new and entries == [".lock"]:  # the run never began
-            (self.path / ".lock").unlink()
+        if self._is_new and entries == [LOCK_FILE]:  # the run never began
+            (self.path / LOCK_FILE).unlink()
             self.path.rmdir()
         self._lock.close()
 

@@ -5,14 +5,16 @@
     FOLDER/index.json                           counts, shapes, normalisation, classes, the autoencoder, checksums
 
 A shard is written whole or not at all, the index last: a folder without an index is not finished. `checksum` is the
-SHA-256 of the shard's arrays, kept in the index and in the shard's own metadata, so that a shard proves itself. Opening
-compares sizes, and checksums where that takes about a second; `verify` compares all.
+SHA-256 of the shard's arrays, kept in the index and in the shard's own metadata, so that a shard proves itself; index
+and metadata are sealed (schemas.py). Opening compares sizes and what shards say of themselves, and the checksums where
+that takes about a second; `verify` compares all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...files import write_whole
+from ...schemas import Count, Damaged, Index, as_type, must_be_whole, read_json, sealed
 from ..source import LatentSource, digest
 
 INDEX_FILE = "index.json"
@@ -84,7 +87,7 @@ def write_shard(
         flips = tensors["moments_flip"] = np.ascontiguousarray(flips, np.float32)
     check = checksum(moments, labels, flips)
     metadata = {"key": key, "checksum": check, "unreadable": json.dumps(unreadable), "record": json.dumps(record)}
-    header, payload = _serialise(tensors, metadata)
+    header, payload = _serialise(tensors, sealed(metadata))
     write_whole(folder / name, header, payload)
     return Shard(name, len(labels), len(header) + len(payload), check, unreadable, record)
 
@@ -115,10 +118,12 @@ def read_shard(folder: Path, name: str, key: str) -> tuple[Shard, np.ndarray, np
     try:
         opened = _ShardFile(path)
         found, moments, labels, flips = opened.metadata, opened.moments(), opened.labels(), opened.flips()
+        must_be_whole(found)
         if found["key"] != key or found["checksum"] != checksum(moments, labels, flips):
             return None
-        unreadable, record = json.loads(found["unreadable"]), json.loads(found.get("record", "{}"))
-    except (InputError, KeyError, ValueError):
+        unreadable = as_type(json.loads(found["unreadable"]), list[str])
+        record = as_type(json.loads(found.get("record", "{}")), dict[str, Any])
+    except (InputError, KeyError, ValueError, TypeError, RecursionError):
         return None
     return Shard(name, opened.samples, opened.bytes, found["checksum"], unreadable, record), moments, labels, flips
 
@@ -132,7 +137,7 @@ def write_index(folder: Path, shards: list[Shard], *, has_flips: bool = False, *
     version = {"version": VERSION, "has_flips": True} if has_flips else {"version": 1}
     index = {"format": FORMAT, **version, "num_samples": sum(shard.samples for shard in shards), **about}
     index["shards"] = [{key: value for key, value in vars(shard).items() if key != "record"} for shard in shards]
-    write_whole(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+    write_whole(folder / INDEX_FILE, json.dumps(sealed(index), indent=1).encode())
 
 
 def is_shards(folder: Path) -> bool:
@@ -149,22 +154,14 @@ class ShardSource(LatentSource):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = str(folder)
-        index = read_index(folder)
-        try:
-            channels, height, width = index["shape"]
-            self.shape = (int(channels), int(height), int(width))
-            self.num_classes = int(index["num_classes"])
-            self.class_names = index["class_names"]
-            self.has_flips = bool(index.get("has_flips", False))
-            vae = index["vae"] or {}
-            self.vae, self.vae_fingerprint = vae.get("name"), vae.get("fingerprint")
-            self.shift = np.asarray(index["shift"], dtype=np.float32)
-            self.scale = np.asarray(index["scale"], dtype=np.float32)
-            self.shards = [Shard(**shard) for shard in index["shards"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"data: {folder / INDEX_FILE} is damaged ({error!r}); {AGAIN}") from error
-        if self.shift.shape != self.shape[:1] or self.scale.shape != self.shape[:1]:
-            raise InputError(f"data: {folder / INDEX_FILE} is damaged (shape, shift and scale disagree); {AGAIN}")
+        index = as_index(folder, read_index(folder))
+        self.shape, self.num_classes, self.class_names = index.shape, index.num_classes, index.class_names
+        self.has_flips = index.has_flips
+        if index.vae is not None:
+            self.vae, self.vae_fingerprint = index.vae.name, index.vae.fingerprint
+        self.shift = np.asarray(index.shift, dtype=np.float32)
+        self.scale = np.asarray(index.scale, dtype=np.float32)
+        self.shards = [Shard(one.file, one.samples, one.bytes, one.checksum, one.unreadable) for one in index.shards]
         self._files: dict[int, _ShardFile] = {}
         self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.num_samples = int(self._starts[-1])
@@ -233,6 +230,8 @@ class ShardSource(LatentSource):
             is_flipped = (opened.flips() is not None) == self.has_flips
             if opened.samples != shard.samples or not is_of_shape or not is_flipped:
                 raise InputError(f"data: {opened.path} does not belong to {INDEX_FILE}; {AGAIN}")
+            if opened.metadata.get("checksum", shard.checksum) != shard.checksum:
+                raise InputError(f"data: {opened.path} holds other latents than {INDEX_FILE} says; {AGAIN}")
             self._files[number] = opened
         return self._files[number]
 
@@ -256,19 +255,21 @@ class _ShardFile:
         self.path = path
         try:
             self.bytes = path.stat().st_size
+            if not os.path.isfile(path):
+                raise OSError("no regular file")
             with open(path, "rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_bytes)) if header_bytes < min(self.bytes, LONGEST_HEADER) else {}
         except FileNotFoundError as error:
             raise InputError(f"data: {path} is missing; {AGAIN}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"data: {path} cannot be read ({error}); {AGAIN}") from error
         if expected_bytes not in (None, self.bytes):
             raise InputError(
                 f"data: {path} is truncated or was changed: {self.bytes} bytes instead of {expected_bytes}; {AGAIN}"
             )
         try:
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.metadata = as_type(header.pop("__metadata__", {}), dict[str, str])
             self._moments = self._map(header["moments"], "F32", np.float32, 8 + header_bytes)
             self._labels = self._map(header["labels"], "I64", np.int64, 8 + header_bytes)
             if self._moments.ndim != 4 or self._labels.shape != self._moments.shape[:1]:
@@ -278,7 +279,7 @@ class _ShardFile:
                 self._flips = self._map(header["moments_flip"], "F32", np.float32, 8 + header_bytes)
                 if self._flips.shape != self._moments.shape:
                     raise ValueError("shapes of moments and moments_flip disagree")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"data: {path} is truncated or no shard of latents ({error}); {AGAIN}") from error
         self.samples = len(self._labels)
 
@@ -305,9 +306,9 @@ class _ShardFile:
                     os.posix_fadvise(file.fileno(), offset, int((last - first) * row), os.POSIX_FADV_WILLNEED)
 
     def _map(self, entry: dict[str, Any], code: str, dtype: type, payload: int) -> np.ndarray:
-        first, last = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if entry["dtype"] != code or last - first != np.dtype(dtype).itemsize * int(np.prod(shape)):
+        first, last = as_type(entry["data_offsets"], tuple[Count, Count])
+        shape = tuple(as_type(entry["shape"], list[Count]))
+        if entry["dtype"] != code or last - first != np.dtype(dtype).itemsize * math.prod(shape):
             raise ValueError(f"expected {code}, got {entry['dtype']} of shape {shape}")
         if payload + last > self.bytes:
             raise ValueError(f"{self.bytes} bytes instead of {payload + last}")
@@ -317,18 +318,27 @@ class _ShardFile:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The contents of index.json. Raises InputError where there is none or it is of another kind."""
+    """The contents of index.json. Raises InputError where there is none or it is of another kind, Damaged."""
     path = folder / INDEX_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"data: {folder} has no {INDEX_FILE}, so it is not finished; {AGAIN}")
     try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"data: {path} cannot be read ({error}); {AGAIN}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        index = read_json(path)
+        must_be_whole(index)
+    except Damaged as error:
+        raise Damaged(f"data: {path} {error}; {AGAIN}") from error
+    if index.get("format") != FORMAT:
         raise InputError(f"data: {path} is not an index of {FORMAT}; give another folder")
     if index.get("version") not in range(1, VERSION + 1):
         raise InputError(
             f"data: {path} has version {index.get('version')}; this version reads 1 to {VERSION}, a newer one that one"
         )
     return index
+
+
+def as_index(folder: Path, index: dict[str, Any]) -> Index:
+    """The same, every value checked. Raises Damaged."""
+    try:
+        return as_type(index, Index)
+    except Damaged as error:
+        raise Damaged(f"data: {folder / INDEX_FILE} {error}; {AGAIN}") from error
