@@ -65,7 +65,11 @@ def test_no_readable_image_at_all(tmp_path: Path, vae_path: Path, capsys: pytest
 def test_images_that_are_not_there(tmp_path: Path, vae_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     arguments = command(images, vae_path, out)
-    refused(capsys, arguments, "--images .*images is no folder; give one with a subfolder for every class")
+    refused(
+        capsys,
+        arguments,
+        "--images .*images is no folder and no zip archive; give one with a subfolder for every class",
+    )
     images.mkdir()
     refused(capsys, arguments, "--images .*images is empty; it must hold a subfolder of images for every class")
     (images / "cats").mkdir()

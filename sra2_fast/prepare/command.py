@@ -31,9 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="FOLDER",
-        help="a subfolder for every class, of PNG, JPEG, WebP, GIF, BMP or TIFF files; turned as EXIF says, alpha on "
-        "white, 16 bits brought to 8",
+        help="a folder or a zip archive with a subfolder for every class, of PNG, JPEG, WebP, GIF, BMP or TIFF files; "
+        "turned as EXIF says, alpha on white, 16 bits brought to 8",
     )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="the class of every image: a CSV of file,class or a dataset.json like REPA's (one in FOLDER is found)",
+    )
+    parser.add_argument("--class-names", metavar="CSV", help="what classes are called: lines of class,name")
+    parser.add_argument("--ignore-labels", action="store_true", help="one class, wherever the images lie")
     parser.add_argument("--vae", metavar="NAME_OR_PATH", help="diffusers AutoencoderKL: a hub name or a local folder")
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="where the latents go; the same command again goes on"
@@ -86,14 +93,19 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
     from .reading import check_classes
 
     _check_options(args)
-    images = list_images(Path(args.images))
+    images = list_images(
+        Path(args.images),
+        labels=args.labels and Path(args.labels),
+        class_names=args.class_names and Path(args.class_names),
+        ignore_labels=args.ignore_labels,
+    )
     for note in images.notes:
         print(note)
     device, precision = _device_and_precision(args)
     vae = load_vae(args.vae, device)
     shape = latent_shape(vae, args.image_size)
     options = EncodeOptions(
-        images=str(images.folder.resolve()),
+        images=str(images.store.path.resolve()),
         vae=str(Path(args.vae).resolve()) if Path(args.vae).exists() else args.vae,
         vae_fingerprint=fingerprint(vae),
         image_size=args.image_size,
@@ -102,6 +114,8 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
         shard_size=args.shard_size,
         crop=args.crop,
         flip=args.flip,
+        labels=args.labels and str(Path(args.labels).resolve()),
+        ignore_labels=args.ignore_labels,
     )
     make_folder(out)
     held.enter_context(contextlib.closing(FolderLock(out, "prepare")))
@@ -173,7 +187,7 @@ def _finish(
         shards,
         has_flips=options.flip,
         shape=list(shape),
-        num_classes=len(images.class_names),
+        num_classes=images.num_classes,
         class_names=images.class_names,
         shift=[float(value) for value in about.shift],
         scale=[float(value) for value in about.scale],
@@ -189,6 +203,8 @@ def _finish(
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if args.labels and args.ignore_labels:
+        raise InputError(f"prepare: --labels {args.labels} and --ignore-labels exclude each other; leave one out")
     for name in ("images", "vae"):
         if not getattr(args, name):
             raise InputError(f"prepare: --{name} is missing")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     """
     path = out / PLAN_FILE
     listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
+    classes = hashlib.sha256(images.labels.tobytes() + json.dumps(images.class_names).encode()).hexdigest()
     if path.is_file():
         try:
             before = {**_defaults(), **as_type(read_json(path), dict[str, Any])}
@@ -59,16 +61,22 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
                 "holds now; give another --out"
             )
         for name, value in vars(options).items():
-            if name != "vae" and before.get(name) != value:  # another name for the same weights
+            # Another name for the same weights is the same, and another table with the same labels.
+            if name not in ("vae", "labels") and before.get(name) != value:
                 option = "--" + name.replace("_", "-")
                 raise InputError(
                     f"prepare: {out} was begun with {option} {before.get(name)}, not {value}; give another --out"
                 )
         if before.get("listing") != listing and (out / INDEX_FILE).is_file():
             raise _other_images(out, images, "their names differ")
+        if before.get("classes", classes) != classes and (out / INDEX_FILE).is_file():
+            raise InputError(
+                f"prepare: {out} is finished, with other labels or class names; give another --out, or remove "
+                f"{out / INDEX_FILE} to make it anew"
+            )
     elif is_shards(out):
         raise InputError(f"prepare: --out {out} holds latents of another origin; give another folder")
-    write_whole(path, json.dumps({**vars(options), "listing": listing}, indent=1).encode())
+    write_whole(path, json.dumps({**vars(options), "listing": listing, "classes": classes}, indent=1).encode())
 
 
 def _defaults() -> dict[str, object]:
@@ -97,7 +105,7 @@ def survey(
             if pictures and changed:
                 raise _other_images(out, images, f"{changed} was changed")
             if pictures and not shard and job.name in pictures:  # damaged: made anew, but from the same images only
-                marks = pool.map(mark_of, [images.folder / images.files[position] for position in job.positions])
+                marks = pool.map(partial(mark_of, images.store), [images.files[position] for position in job.positions])
                 if digest_of(list(marks)) != pictures[job.name]:
                     raise _other_images(out, images, f"those of {job.name} were changed")
             if shard and not changed:
@@ -131,11 +139,10 @@ def _unfinished(out: Path, images: ImageList, job: ShardJob, pool: Executor) -> 
 def _first_changed(images: ImageList, positions: np.ndarray, marks: list[str], pool: Executor) -> str | None:
     """The first of the images, in order, that does not have its mark any more; sizes are looked at first."""
     files = [images.files[position] for position in positions[: len(marks)]]
-    paths = [images.folder / file for file in files]
-    for file, path, mark in zip(files, paths, marks, strict=True):
-        if not has_size_of(path, mark):
+    for file, mark in zip(files, marks, strict=True):
+        if not has_size_of(images.store, file, mark):
             return file
-    now = pool.map(mark_of, paths)
+    now = pool.map(partial(mark_of, images.store), files)
     return next((file for file, mark, is_now in zip(files, marks, now, strict=True) if mark != is_now), None)
 
 
@@ -154,6 +161,6 @@ def _indexed_pictures(out: Path) -> dict[str, str]:
 
 def _other_images(out: Path, images: ImageList, how: str) -> InputError:
     return InputError(
-        f"prepare: {out} is finished, and {images.folder} holds other images now ({how}); "
+        f"prepare: {out} is finished, and {images.store.path} holds other images now ({how}); "
         f"give another --out, or remove {out / INDEX_FILE} to make it anew"
     )

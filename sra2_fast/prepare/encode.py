@@ -40,6 +40,8 @@ class EncodeOptions:
     shard_size: int
     crop: str = "center"
     flip: bool = False  # the mirrored images are encoded too
+    labels: str | None = None  # a table of them; a record only, like images
+    ignore_labels: bool = False
 
 
 def shard_jobs(images: ImageList, options: EncodeOptions) -> list[ShardJob]:

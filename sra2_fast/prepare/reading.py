@@ -9,7 +9,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..progress import progress_bar
 from .convert import UNREADABLE, to_rgb
 from .crop import Crop, center_crop, crop_of
 from .listing import FORMATS, ImageList
+from .stores import Store
 
 MARK_BYTES = 40  # 8 of the file's size, 32 of the SHA-256 of its bytes
 NO_MARK = "unreadable"
@@ -56,7 +56,7 @@ class ImageChunks(Dataset):
         for row, position in zip(marks.numpy(), self.chunks[item], strict=True):
             file = self.images.files[position]
             try:
-                data = (self.images.folder / file).read_bytes()
+                data = self.images.store.read(file)
                 row[...] = _mark(data)
                 square, kinds = read_square(data, self.size, crop_of(self.crop, file))
             except UNREADABLE as error:
@@ -91,25 +91,27 @@ def read_square(data: bytes, size: int, crop: Crop = center_crop) -> tuple[np.nd
 
 def check_classes(images: ImageList, size: int) -> None:
     """Raise an InputError for a class of which no image can be read: the model would have no sample of it."""
-    starts = np.searchsorted(images.labels, np.arange(len(images.class_names) + 1))
-    for label, name in enumerate(
-        progress_bar(iterable=images.class_names, unit="class", desc="checking classes", delay=2.0, leave=False)
+    order = np.argsort(images.labels, kind="stable")
+    present, starts = np.unique(images.labels[order], return_index=True)
+    groups = zip(present, np.split(order, starts[1:]), strict=True)
+    for label, group in progress_bar(
+        iterable=groups, total=len(present), unit="class", desc="checking classes", delay=2.0, leave=False
     ):
-        files = images.files[starts[label] : starts[label + 1]]
-        why = _why_none(images.folder, files, size)
+        files = [images.files[position] for position in group]
+        why = _why_none(images.store, files, size)
         if why is not None:
             raise InputError(
-                f"prepare: none of the {len(files)} images in class folder {images.folder / name} can be read ({why}); "
-                "repair them or remove the folder"
+                f"prepare: none of the {len(files)} images in {images.class_called(label)} can be read ({why}); "
+                "repair them or remove the class"
             )
 
 
-def _why_none(folder: Path, files: list[str], size: int) -> str | None:
+def _why_none(store: Store, files: list[str], size: int) -> str | None:
     """What is wrong with the first of the files; None if any of them can be read."""
     why = None
     for file in files:
         try:
-            read_square((folder / file).read_bytes(), size)
+            read_square(store.read(file), size)
         except UNREADABLE as error:
             why = why or f"{file}: {reason(error)}"
         else:
@@ -123,19 +125,19 @@ def mark_texts(marks: torch.Tensor) -> list[str]:
     return [f"{int.from_bytes(row[:8], 'little')}:{row[8:].hex()}" if any(row) else NO_MARK for row in rows]
 
 
-def mark_of(path: Path) -> str:
+def mark_of(store: Store, file: str) -> str:
     """The text of a file's mark, read now."""
     try:
-        data = path.read_bytes()
+        data = store.read(file)
     except OSError:
         return NO_MARK
     return mark_texts(torch.from_numpy(_mark(data))[None])[0]
 
 
-def has_size_of(path: Path, mark: str) -> bool:
+def has_size_of(store: Store, file: str, mark: str) -> bool:
     """Whether the file has the size that its mark says: a quick look before its bytes are read."""
     try:
-        return mark.startswith(f"{os.path.getsize(path)}:")
+        return mark.startswith(f"{store.size(file)}:")
     except OSError:
         return mark == NO_MARK
 
