@@ -20,6 +20,8 @@ _HOME = {
     "SRA2Loss": "objective",
     "LossOutput": "objective",
     "load_checkpoint": "checkpoints",
+    "open_model": "checkpoints",
+    "convert_state_dict": "checkpoints",
     "status": "backends",
     "sample_ode": "sampling",
     "sample_sde": "sampling",
@@ -29,7 +31,9 @@ __all__ = ["__version__", *_HOME]
 
 if _TYPE_CHECKING:
     from .backends import status as status
+    from .checkpoints import convert_state_dict as convert_state_dict
     from .checkpoints import load_checkpoint as load_checkpoint
+    from .checkpoints import open_model as open_model
     from .models import SiT as SiT
     from .models import SiT_models as SiT_models
     from .objective import LossOutput as LossOutput

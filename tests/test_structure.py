@@ -32,7 +32,7 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "vae": {"data"},
     "prepare": {"data", "randomness", "vae"},
     "sampling": {"ops", "models", "layers"},
-    "checkpoints": set(),
+    "checkpoints": {"layers", "models", "recipe"},
     "train": {"checkpoints", "data", "models", "objective", "optim", "randomness", "recipe", "sampling", "vae"},
     "cli": {"info", "prepare", "train"},
     "__init__": {"checkpoints", "models", "objective", "sampling", "optim", "data", "compat", "ops"},

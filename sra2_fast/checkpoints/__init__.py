@@ -1,7 +1,9 @@
-"""What is written during training and read back."""
+"""What is written during training and read back, and what the public repositories write."""
 
 from __future__ import annotations
 
+from .converting import convert_state_dict
+from .opening import OpenedWeights, open_model, open_weights
 from .training import (
     Checkpoint,
     checkpoint_name,
@@ -17,11 +19,15 @@ from .training import (
 
 __all__ = [
     "Checkpoint",
+    "OpenedWeights",
     "checkpoint_name",
+    "convert_state_dict",
     "join_optimizer",
     "list_checkpoints",
     "load_checkpoint",
     "load_weights",
+    "open_model",
+    "open_weights",
     "prune_checkpoints",
     "remove_partial_checkpoints",
     "save_checkpoint",

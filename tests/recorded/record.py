@@ -1,15 +1,18 @@
 """Records what the public SiT, REPA and SRA models compute, for the tests that hold ours to them.
 
-    python tests/recorded/record.py --sit SIT --repa REPA --sra SRA
+    python tests/recorded/record.py --sit SIT --repa REPA --sra SRA --repa-e REPA_E --lightningdit LIGHTNINGDIT
 
-where SIT, REPA and SRA are checkouts of willisma/SiT, sihyun-yu/REPA and vvvvvjdy/SRA, in an environment with torch,
-timm, numpy and safetensors. The recordings beside this file come from `SIT/models.py` at a87098c, `REPA/models/sit.py`
-at 2b8c181 and `SRA/SiT-SRA/models/sit.py` at 3a22705, with torch 2.13.0 (CPU, one thread) and timm 1.0.12
-(a 1.0.x whose Attention gives qk_norm a LayerNorm by itself, as those repositories expect; 1.0.31 does not).
+where these are checkouts of willisma/SiT, sihyun-yu/REPA, vvvvvjdy/SRA, End2End-Diffusion/REPA-E and
+hustvl/LightningDiT, in an environment with torch, timm, numpy, einops and safetensors. The recordings beside this file
+come from `SIT/models.py` at a87098c, `REPA/models/sit.py` at 2b8c181, `SRA/SiT-SRA/models/sit.py` at 3a22705,
+`REPA_E/models/sit.py` at 3ad8046 and `LIGHTNINGDIT/models/lightningdit.py` at 2725fed, with torch 2.13.0 (CPU, one
+thread) and timm 1.0.12 (a 1.0.x whose Attention gives qk_norm a LayerNorm by itself, as those repositories expect;
+1.0.31 does not).
 
 Each `NAME.safetensors` holds `state.*` (the reference's state dict: random, nothing left at zero, rounded to bfloat16,
 which float32 holds exactly), the inputs, the outputs, the fixed output gradients and, as `grad.*`, the gradient of
-every trainable parameter and of `x`, all from the reference itself in float32. Its header holds `config` (the
+every trainable parameter and of `x`, all from the reference itself in float32. Of REPA-E and LightningDiT, which are
+only converted, there is the velocity in evaluation. Its header holds `config` (the
 reference constructor's arguments) and `keys` (name, shape, trainable; in the order of the reference).
 `reference.json` holds the registries' parameter counts, the signatures of constructors and forwards, and the statistics
 of the reference's own initial weights.
@@ -22,11 +25,15 @@ import argparse
 import importlib.util
 import inspect
 import json
+import os
+import sys
 import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # LightningDiT compiles its layers where they are defined
 
 import torch
 from safetensors.torch import save_file
@@ -178,6 +185,37 @@ def record_sra(module: types.ModuleType, name: str, seed: int) -> None:
     write(name, record, describe(model, config))
 
 
+def record_repa_e(module: types.ModuleType, seed: int) -> None:
+    config = {**BASE, "patch_size": 2, "in_channels": 4, "depth": 2, "path_type": "linear", "decoder_hidden_size": 24}
+    config |= {"encoder_depth": 1, "z_dims": [20], "projector_dim": 32, "qk_norm": False, "fused_attn": True}
+    model = module.SiT(**config)
+    randomise(model, seed)
+    model.init_bn(latents_scale=torch.tensor([0.5, 0.7, 1.0, 1.25]), latents_bias=torch.tensor([0.1, -0.2, 0.0, 0.3]))
+    record_evaluation("repa_e", model, model.inference, config, seed)
+
+
+def record_lightningdit(module: types.ModuleType, seed: int) -> None:
+    config = {**BASE, "patch_size": 1, "in_channels": 16, "depth": 2, "input_size": 4, "use_qknorm": True}
+    model = module.LightningDiT(**config)
+    randomise(model, seed)
+    record_evaluation("lightningdit", model, model, config, seed)
+
+
+def record_evaluation(name: str, model: nn.Module, call: Callable, config: dict[str, object], seed: int) -> None:
+    """State dict (buffers in full precision), inputs, and the velocity in evaluation."""
+    side = config["input_size"]
+    generator = torch.Generator().manual_seed(seed)
+    record = {**stored_state(model), **make_inputs(config, seed)}
+    record |= {f"state.{key}": value for key, value in model.named_buffers()}
+    record["x"] = torch.randn(3, config["in_channels"], side, side, generator=generator)
+    model.eval()
+    with torch.no_grad():
+        record["velocity_eval"] = call(record["x"], record["t"], record["y"])
+    trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    keys = [[key, list(value.shape), trainable.get(key, False)] for key, value in model.state_dict().items()]
+    write(name, record, {"config": json.dumps(config), "keys": json.dumps(keys)})
+
+
 def initial_statistics(build: partial) -> dict[str, list[float]]:
     """{parameter: [mean, standard deviation, largest magnitude]} over INIT_SEEDS reference models."""
     draws: dict[str, list[torch.Tensor]] = {}
@@ -210,13 +248,16 @@ def signature(function: Callable) -> list[list[object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for repository in ("sit", "repa", "sra"):
+    for repository in ("sit", "repa", "sra", "repa-e", "lightningdit"):
         parser.add_argument(f"--{repository}", type=Path, required=True, help="a checkout")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sit = load_module(args.sit / "models.py", "reference_sit")
     repa = load_module(args.repa / "models" / "sit.py", "reference_repa")
     sra = load_module(args.sra / "SiT-SRA" / "models" / "sit.py", "reference_sra")
+    repa_e = load_module(args.repa_e / "models" / "sit.py", "reference_repa_e")
+    sys.path.insert(0, str(args.lightningdit))
+    lightningdit = load_module(args.lightningdit / "models" / "lightningdit.py", "reference_lightningdit")
 
     record_sit(sit, "sit", 1)
     record_sit(sit, "sit_one_channel", 2, learn_sigma=False, in_channels=1, depth=2)
@@ -224,6 +265,8 @@ def main() -> None:
     record_repa(repa, "repa", 4, qk_norm=False, fused_attn=True)
     record_repa(repa, "repa_qk_norm", 5, qk_norm=True, fused_attn=False, encoder_depth=2)
     record_sra(sra, "sra", 6)
+    record_repa_e(repa_e, 7)
+    record_lightningdit(lightningdit, 8)
 
     facts: dict[str, Any] = {
         "registry": {"sit": registry_counts(sit), "repa": registry_counts(repa, qk_norm=False)},
