@@ -19,6 +19,7 @@ _HOME = {
     "SiT_models": "models",
     "SRA2Loss": "objective",
     "LossOutput": "objective",
+    "Aligner": "aligner",
     "load_checkpoint": "checkpoints",
     "open_model": "checkpoints",
     "convert_state_dict": "checkpoints",
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if _TYPE_CHECKING:
+    from .aligner import Aligner as Aligner
     from .backends import status as status
     from .checkpoints import convert_state_dict as convert_state_dict
     from .checkpoints import load_checkpoint as load_checkpoint

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sra2_fast import LossOutput, SiT, SRA2Loss
+from sra2_fast import Aligner, LossOutput, SiT, SRA2Loss
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +34,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp-recomputed": ("ddp", {"implementation": "eager", "checkpoint_blocks": True}),
     "fsdp2": ("fsdp2", {"implementation": "fused"}),
     "fsdp2-recomputed": ("fsdp2", {"implementation": "eager", "checkpoint_blocks": True}),
+    "ddp-aligner": ("ddp", {"align_depth": None}),
 }
 SIZES: dict[str, Any] = {"depth": 2, "align_depth": 1, "learn_sigma": False, "hidden_size": 24, "num_heads": 3}
 
 
 def build(options: dict[str, Any]) -> SiT:
-    return small_model(**SIZES, **options).train()
+    return small_model(**{**SIZES, **options}).train()
+
+
+def aligner_of(model: SiT) -> Aligner:
+    """The projector of a model that has none of its own."""
+    torch.manual_seed(4)
+    return Aligner(model, "blocks.0", latent_channels=4, patch_size=2, grid=(4, 4))
 
 
 def whole_batch() -> dict[str, torch.Tensor]:
@@ -50,13 +57,20 @@ def whole_batch() -> dict[str, torch.Tensor]:
     return {"latents": latents, "labels": labels, "t": t, "noise": noise, "label_drop": drop}
 
 
-def local_loss(wrapped: torch.nn.Module, rank: int | None) -> torch.Tensor:
+def local_loss(wrapped: torch.nn.Module, rank: int | None, aligner: torch.nn.Module | None = None) -> torch.Tensor:
     """The loss of the whole batch, or of this process's half of it; time, noise and drops are those of the sample."""
     mine = slice(None) if rank is None else slice(rank * BATCH // PROCESSES, (rank + 1) * BATCH // PROCESSES)
-    return SRA2Loss()(wrapped, **{name: value[mine] for name, value in whole_batch().items()}).total
+    batch = {name: value[mine] for name, value in whole_batch().items()}
+    if aligner is None:
+        return SRA2Loss()(wrapped, **batch).total
+    z, noise, t = (batch[name] for name in ("latents", "noise", "t"))
+    velocity = wrapped(
+        torch.lerp(z, noise, t.view(-1, 1, 1, 1)), t, batch["labels"], force_drop_ids=batch["label_drop"]
+    )
+    return aligner(z, velocity, noise - z).total
 
 
-def gradients(model: SiT) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Whole gradients, whether a parameter is sharded or not."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -70,18 +84,22 @@ def step_on_several(case: str, rank: int) -> dict[str, torch.Tensor]:
     wrapper, options = CASES[case]
     model = build(options)
     wrapped: torch.nn.Module = model
+    aligner = wrapped_aligner = None
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
+        if model.align_depth is None:
+            aligner = aligner_of(model)
+            wrapped_aligner = DistributedDataParallel(aligner)
     else:
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    loss = local_loss(wrapped, rank)
+    loss = local_loss(wrapped, rank, wrapped_aligner)
     loss.backward()
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss)
-    return {"loss": mean_loss / PROCESSES, **gradients(model)}
+    return {"loss": mean_loss / PROCESSES, **gradients(model), **(gradients(aligner) if aligner else {})}
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -104,9 +122,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     mp.spawn(worker, (port, str(tmp_path)), nprocs=PROCESSES)
     for case, (_, options) in CASES.items():
         model = build(options)
-        loss = local_loss(model, None)
+        aligner = aligner_of(model) if model.align_depth is None else None
+        loss = local_loss(model, None, aligner)
         loss.backward()
-        want = {"loss": loss.detach(), **gradients(model)}
+        want = {"loss": loss.detach(), **gradients(model), **(gradients(aligner) if aligner else {})}
         results = [torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
         assert results[0].keys() == results[1].keys() == want.keys(), case
         for name, value in want.items():

@@ -25,6 +25,7 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "recipe": set(),
     "models": {"layers", "ops"},
     "objective": {"models", "ops", "recipe"},
+    "aligner": {"layers", "models", "objective", "ops", "recipe"},
     "optim": {"ops"},
     "compat": {"models", "layers", "ops", "recipe"},
     "randomness": set(),
@@ -35,7 +36,7 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "checkpoints": {"layers", "models", "recipe"},
     "train": {"checkpoints", "data", "models", "objective", "optim", "randomness", "recipe", "sampling", "vae"},
     "cli": {"info", "prepare", "train"},
-    "__init__": {"checkpoints", "models", "objective", "sampling", "optim", "data", "compat", "ops"},
+    "__init__": {"aligner", "checkpoints", "models", "objective", "sampling", "optim", "data", "compat", "ops"},
 }
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema")
 MAX_LINES = 400

@@ -13,11 +13,12 @@ SCHEDULES = ("constant", "linear", "stop")
 class Schedule:
     """A factor on the alignment weight.
 
-    kind: "constant": 1; "linear": from 1 at step 0 down to 0 at `steps`; "stop": 1 before `steps`, then 0.
+    kind: "constant": 1; "linear": from 1 at step `start` down to 0 at `steps`; "stop": 1 before `steps`, then 0.
     """
 
     kind: str = "constant"
     steps: int | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -33,5 +34,5 @@ class Schedule:
             raise InputError(f"SRA2Loss: schedule={self.kind!r} needs step= at every call")
         assert self.steps is not None
         if self.kind == "linear":
-            return max(0.0, 1 - step / self.steps)
+            return min(1.0, max(0.0, 1 - (step - self.start) / (self.steps - self.start)))
         return 1.0 if step < self.steps else 0.0
