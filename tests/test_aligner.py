@@ -243,6 +243,7 @@ def test_recomputed_activations_give_the_same_and_the_second_run_is_not_a_new_on
         aligner(z)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the call without gradients
 def test_what_a_reentrant_checkpoint_hides_is_refused_and_evaluation_needs_no_gradient(z: Tensor) -> None:
     """Within one the first run has no gradients; the projector alone would learn, and nobody would notice."""
     model = transformer(recompute=True)
