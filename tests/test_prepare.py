@@ -103,7 +103,7 @@ def test_without_the_autoencoder_of_the_data_latents_are_colours_and_that_is_sai
     assert gone.note is not None and gone.note.startswith(
         "samples are latents shown as colours (--vae names an autoenc"
     )
-    assert "vae does not exist; give a folder with an AutoencoderKL" in gone.note
+    assert "vae does not exist; give a folder with an autoencoder" in gone.note
     elsewhere = make_decoder(dataclasses.replace(info, vae="some/vae"))  # asks no network
     assert elsewhere.note is not None and "some/vae is not on this machine; --vae some/vae downloads" in elsewhere.note
     unknown = make_decoder(dataclasses.replace(info, vae=None))

@@ -102,18 +102,18 @@ def test_an_autoencoder_that_is_not_there(
     refused(capsys, command(photos, tmp_path / "none", out), "vae: .*none does not exist; give a folder with")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{")
-    refused(capsys, command(photos, tmp_path / "bad", out), "vae: .*bad holds no AutoencoderKL that can be loaded")
+    refused(capsys, command(photos, tmp_path / "bad", out), "vae: .*bad holds no autoencoder that can be loaded")
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("does not appear to have a file named config.json") from LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", offline)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", offline)
     refused(capsys, command(photos, Path("some/vae"), out), "vae: some/vae .* the Hugging Face hub cannot be reached")
 
     def unknown(*_: object, **__: object) -> None:
         raise OSError("no such repository")
 
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", unknown)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unknown)
     refused(capsys, command(photos, Path("some/vae"), out), r"cannot be loaded from the .* hub \(no such repository\)")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refused(capsys, command(photos, Path("some/vae"), out), "vae: some/vae needs diffusers; pip install diffusers")
@@ -126,7 +126,7 @@ def test_a_truncated_autoencoder(
     broken = Path(shutil.copytree(vae_path, tmp_path / "vae"))
     weights = broken / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    refused(capsys, command(photos, broken, tmp_path / "out"), "vae: .*vae holds no AutoencoderKL that can be loaded")
+    refused(capsys, command(photos, broken, tmp_path / "out"), "vae: .*vae holds no autoencoder that can be loaded")
 
 
 def test_an_autoencoder_without_all_its_weights(
@@ -140,7 +140,7 @@ def test_an_autoencoder_without_all_its_weights(
     state = load_file(weights)
     del state["encoder.conv_in.weight"]
     save_file(state, weights)
-    match = r"is no AutoencoderKL: it lacks 1 of its weights, such as encoder\.conv_in\.weight; give"
+    match = r"is no whole AutoencoderKL: it lacks 1 of its weights, such as encoder\.conv_in\.weight; give"
     refused(capsys, command(photos, broken, tmp_path / "out"), match)
 
 

@@ -63,5 +63,5 @@ def test_shards_resume_bitwise_and_so_does_the_posterior(whole: Path, tmp_path: 
 
 def test_a_vae_of_other_latents_is_refused(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(whole, tmp_path / "run", "--vae", str(tmp_path / "absent")) == 2
-    assert "absent does not exist; give a folder with an AutoencoderKL" in capsys.readouterr().err.splitlines()[-1]
+    assert "absent does not exist; give a folder with an autoencoder" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--class-names", metavar="CSV", help="what classes are called: lines of class,name")
     parser.add_argument("--ignore-labels", action="store_true", help="one class, wherever the images lie")
-    parser.add_argument("--vae", metavar="NAME_OR_PATH", help="diffusers AutoencoderKL: a hub name or a local folder")
+    parser.add_argument(
+        "--vae", metavar="NAME_OR_PATH", help="AutoencoderKL or AutoencoderDC of diffusers: a hub name or a folder"
+    )
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="where the latents go; the same command again goes on"
     )
@@ -53,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="from the middle, or from a random place and with 80 to 100 %% of the shorter side (%(default)s)",
     )
     parser.add_argument("--flip", action="store_true", help="encode the mirrored images too; training draws which")
+    parser.add_argument(
+        "--latent-scale", help="z = (value - shift) * scale, one number or one a channel separated by commas"
+    )
+    parser.add_argument("--latent-shift", help="both by default as the autoencoder's configuration says")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded together (%(default)s)")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
@@ -104,6 +110,7 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
     device, precision = _device_and_precision(args)
     vae = load_vae(args.vae, device)
     shape = latent_shape(vae, args.image_size)
+    shift, scale = _normalisation(args, vae)
     options = EncodeOptions(
         images=str(images.store.path.resolve()),
         vae=str(Path(args.vae).resolve()) if Path(args.vae).exists() else args.vae,
@@ -116,6 +123,8 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
         flip=args.flip,
         labels=args.labels and str(Path(args.labels).resolve()),
         ignore_labels=args.ignore_labels,
+        latent_scale=args.latent_scale,
+        latent_shift=args.latent_shift,
     )
     make_folder(out)
     held.enter_context(contextlib.closing(FolderLock(out, "prepare")))
@@ -143,19 +152,48 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
         )
         return 130
     if not (out / INDEX_FILE).is_file():
-        _finish(out, [shards[job.number] for job in jobs], images, vae, options, shape)
+        about = _about_latents(vae, options, shape, shift, scale)
+        _finish(out, [shards[job.number] for job in jobs], images, options, about)
     how = "" if works else "already complete, all checksums right: "
     print(f"{how}{_summary(ShardSource(out))} in {out}; train on them with sra2-fast train --data {out}")
     return 0
 
 
-def _finish(
-    out: Path, shards: list[Shard], images: ImageList, vae: Any, options: EncodeOptions, shape: tuple[int, int, int]
-) -> None:
+def _normalisation(args: argparse.Namespace, vae: Any) -> tuple[list[float], list[float]]:
+    """shift and scale of every channel: as the options say, or else the autoencoder's configuration."""
+    from ..data.normalisation import per_channel
+    from ..vae.autoencoder import normalisation
+
+    about = normalisation(vae)
+    shift, scale = about.shift, about.scale
+    if args.latent_shift is not None:
+        shift = per_channel("--latent-shift", args.latent_shift, about.channels)
+    if args.latent_scale is not None:
+        scale = per_channel("--latent-scale", args.latent_scale, about.channels)
+    return [float(value) for value in shift], [float(value) for value in scale]
+
+
+def _about_latents(
+    vae: Any, options: EncodeOptions, shape: tuple[int, int, int], shift: list[float], scale: list[float]
+) -> dict[str, Any]:
+    """What index.json says about the latents and the autoencoder they are of."""
+    from ..vae.autoencoder import normalisation
+
+    recorded = {key: value for key, value in vars(normalisation(vae)).items() if key != "channels"}
+    made_with = {
+        "name": options.vae,
+        "class": type(vae).__name__,
+        "fingerprint": options.vae_fingerprint,
+        "downsample_factor": options.image_size // shape[-1],
+        **recorded,
+    }
+    return {"shape": list(shape), "shift": shift, "scale": scale, "vae": made_with}
+
+
+def _finish(out: Path, shards: list[Shard], images: ImageList, options: EncodeOptions, about: dict[str, Any]) -> None:
     """Say what was left out or converted, remove what an earlier list of images left, and write the index."""
     from ..data.layouts.shards import SHARD_PATTERN, write_index
     from ..files import write_whole
-    from ..vae.autoencoder import normalisation
     from . import convert
     from .earlier import digest_of
     from .encode import UNREADABLE_FILE
@@ -174,8 +212,6 @@ def _finish(
     for path in out.glob(f"{SHARD_PATTERN}*"):  # the half-written too
         if path.name not in current:
             path.unlink()
-    about = normalisation(vae)
-    recorded = {key: value for key, value in vars(about).items() if key != "channels"}
     origin = {
         **vars(options),
         "alpha_on": convert.BACKGROUND,
@@ -186,17 +222,9 @@ def _finish(
         out,
         shards,
         has_flips=options.flip,
-        shape=list(shape),
         num_classes=images.num_classes,
         class_names=images.class_names,
-        shift=[float(value) for value in about.shift],
-        scale=[float(value) for value in about.scale],
-        vae={
-            "name": options.vae,
-            "fingerprint": options.vae_fingerprint,
-            "downsample_factor": options.image_size // shape[-1],
-            **recorded,
-        },
+        **about,
         prepared_from=origin,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "pillow")},
     )

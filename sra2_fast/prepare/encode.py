@@ -42,6 +42,8 @@ class EncodeOptions:
     flip: bool = False  # the mirrored images are encoded too
     labels: str | None = None  # a table of them; a record only, like images
     ignore_labels: bool = False
+    latent_scale: str | None = None  # as given; they change what the index says, and no shard
+    latent_shift: str | None = None
 
 
 def shard_jobs(images: ImageList, options: EncodeOptions) -> list[ShardJob]:

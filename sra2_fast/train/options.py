@@ -126,7 +126,8 @@ class TrainOptions:
     sample_steps: int = _changeable(50, "Heun steps of the sample grids", AT_LEAST_1)
     sample_cfg: float = _changeable(1.0, "guidance scale of the sample grids")
     vae: str | None = _changeable(
-        None, "AutoencoderKL (hub name or folder) that decodes the sample grids, or none (default: the data's own)"
+        None,
+        "autoencoder of diffusers (hub name or folder) that decodes sample grids, or none (default: the data's own)",
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,8 @@
-"""The frozen autoencoder: loading diffusers' AutoencoderKL, its normalisation, and encoding to [mean, std].
+"""The frozen autoencoder: loading one of diffusers', its normalisation, and encoding to [mean, std].
 
-diffusers is imported only here, and only when an autoencoder is asked for.
+AutoencoderKL is that of Stable Diffusion, SDXL, SD3 and FLUX.1, and of EQ-VAE and E2E-VAE, which have the same form and
+other weights. AutoencoderDC is DC-AE; it has no posterior, so its std is zero. diffusers is imported only here, and
+only when an autoencoder is asked for.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from torch import nn
 
 from ..errors import InputError
 
+CLASSES = ("AutoencoderKL", "AutoencoderDC")  # of diffusers
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 LOGVAR_RANGE = (-30.0, 20.0)  # as AutoencoderKL clamps it, so that std stays finite
 
 
 @dataclass(frozen=True)
 class VaeNormalisation:
-    """What an AutoencoderKL's configuration says about its latents; z = (value - shift) * scale per channel.
+    """What an autoencoder's configuration says about its latents; z = (value - shift) * scale per channel.
 
     Stable Diffusion has only a scaling factor (0.18215); SD3 and FLUX subtract a shift factor first; some record a mean
     and a standard deviation per channel instead.
@@ -54,7 +57,7 @@ class VaeNormalisation:
 
 
 def load_vae(name_or_path: str, device: str | torch.device = "cpu", *, download: bool = True) -> nn.Module:
-    """diffusers' AutoencoderKL of a local folder or a hub name, frozen, float32, in eval mode, on `device`.
+    """The autoencoder, one of CLASSES, of a local folder or a hub name: frozen, float32, in eval mode, on `device`.
 
     A whole pipeline (with its autoencoder in the subfolder `vae`) is accepted too.
     download: ask the hub for what is not on this machine (minutes, where there is no network).
@@ -62,25 +65,27 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu", *, download:
     """
     try:
         with _quiet("diffusers"):
-            from diffusers import AutoencoderKL
+            import diffusers
     except ImportError as error:
         raise InputError(f"vae: {name_or_path} needs diffusers; pip install diffusers") from error
     path = Path(name_or_path)
     if not path.exists() and (path.is_absolute() or name_or_path.startswith(".")):
-        raise InputError(f"vae: {name_or_path} does not exist; give a folder with an AutoencoderKL, or a hub name")
+        raise InputError(f"vae: {name_or_path} does not exist; give a folder with an autoencoder, or a hub name")
     subfolders = [None, "vae"]
     if path.exists():
         subfolders = ["vae" if (path / "vae" / "config.json").is_file() else None]
     try:
         with _quiet("diffusers"), _quiet("huggingface_hub"):
-            vae, loading = _from_pretrained(AutoencoderKL, name_or_path, subfolders, download)
+            vae, loading = _from_pretrained(diffusers, name_or_path, subfolders, download)
+    except InputError:
+        raise
     except LOAD_ERRORS as error:
         raise InputError(_why_not(name_or_path, error, download)) from error
     if loading["missing_keys"]:  # diffusers would go on with random ones
         missing = loading["missing_keys"]
         raise InputError(
-            f"vae: {name_or_path} is no AutoencoderKL: it lacks {len(missing)} of its weights, such as {missing[0]}; "
-            "give the folder or the hub name of one"
+            f"vae: {name_or_path} is no whole {type(vae).__name__}: it lacks {len(missing)} of its weights, such as "
+            f"{missing[0]}; give the folder or the hub name of one"
         )
     return vae.requires_grad_(False).eval().to(device)
 
@@ -109,21 +114,27 @@ def fingerprint(vae: Any) -> str:
 
 def downsample_factor(vae: Any) -> int:
     """Image pixels along a side of one latent pixel: 2 for every level of the encoder but the last."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)
 
 
 @torch.no_grad()
 def encode(vae: Any, images: torch.Tensor, precision: str = "fp32") -> np.ndarray:
     """images: (n, 3, H, W) uint8 -> moments (n, 2C, h, w) float32 = [mean, std], not normalised.
 
+    The std of an AutoencoderDC is 0.
     precision: "fp32", or "bf16": the convolutions in bf16 under autocast; the moments are always split in float32.
     """
     device = next(vae.parameters()).device
     pixels = images.to(device).contiguous().float() / 127.5 - 1
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        parameters = vae.encode(pixels).latent_dist.parameters
-    mean, logvar = parameters.float().chunk(2, dim=1)
-    std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+        encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent"):
+        mean = encoded.latent.float()
+        std = torch.zeros_like(mean)
+    else:
+        mean, logvar = encoded.latent_dist.parameters.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
     return torch.cat([mean, std], dim=1).cpu().numpy()
 
 
@@ -135,18 +146,27 @@ def decode(vae: Any, values: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
-def _from_pretrained(autoencoder: Any, name_or_path: str, subfolders: list[str | None], download: bool) -> Any:
+def _from_pretrained(diffusers: Any, name_or_path: str, subfolders: list[str | None], download: bool) -> Any:
     """(autoencoder, loading report) from the first of `subfolders` that holds one; an unreachable hub is asked once."""
-    load = functools.partial(
-        autoencoder.from_pretrained, name_or_path, output_loading_info=True, local_files_only=not download
-    )
+    config, subfolder = _configuration(diffusers, name_or_path, subfolders, download)
+    kind = config.get("_class_name", CLASSES[0])  # early ones do not say
+    if kind not in CLASSES:
+        raise InputError(f"vae: {name_or_path} is an {kind}; give one of {', '.join(CLASSES)}")
+    load = getattr(diffusers, kind).from_pretrained
+    return load(name_or_path, subfolder=subfolder, output_loading_info=True, local_files_only=not download)
+
+
+def _configuration(
+    diffusers: Any, name_or_path: str, subfolders: list[str | None], download: bool
+) -> tuple[dict[str, Any], str | None]:
+    load = functools.partial(diffusers.AutoencoderKL.load_config, name_or_path, local_files_only=not download)
     for subfolder in subfolders[:-1]:
         try:
-            return load(subfolder=subfolder)
+            return load(subfolder=subfolder), subfolder
         except LOAD_ERRORS as error:
             if "config.json" not in str(error) or (download and _is_out_of_reach(error)):
                 raise
-    return load(subfolder=subfolders[-1])
+    return load(subfolder=subfolders[-1]), subfolders[-1]
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:
@@ -160,7 +180,7 @@ def _is_out_of_reach(error: BaseException | None) -> bool:
 
 def _why_not(name_or_path: str, error: Exception, download: bool) -> str:
     if Path(name_or_path).exists():
-        return f"vae: {name_or_path} holds no AutoencoderKL that can be loaded ({_first_line(error)})"
+        return f"vae: {name_or_path} holds no autoencoder that can be loaded ({_first_line(error)})"
     if _is_out_of_reach(error) and not download:
         return f"vae: {name_or_path} is not on this machine; --vae {name_or_path} downloads it"
     if _is_out_of_reach(error):
