@@ -17,6 +17,7 @@ from .errors import EXIT_BAD_INPUT, EXIT_TEMPORARY, InputError, TemporaryFailure
 COMMANDS = {
     "prepare": ("sra2_fast.prepare", "encode a folder of images with a VAE into latents to train on"),
     "train": ("sra2_fast.train", "train a SiT with SRA 2"),
+    "convert-data": ("sra2_fast.convert_data", "bring latents of any known layout into shards, which are read fastest"),
     "info": ("sra2_fast.info", "what is built and which backends are used here"),
 }
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:9}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(["usage: sra2-fast COMMAND [options]", "", *lines, "", "options of one: sra2-fast COMMAND --help"])
 
 

@@ -15,7 +15,7 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, Strict, TypeAdapter, ValidationError, model_validator
 
@@ -69,6 +69,9 @@ class Index(BaseModel):
     scale: list[Scale]
     shards: list[ShardEntry]
     has_flips: Annotated[bool, Strict()] = False
+    has_posterior: Annotated[bool, Strict()] = True
+    has_labels: Annotated[bool, Strict()] = True
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _agree(self) -> Index:

@@ -32,10 +32,11 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "data": {"randomness"},
     "vae": {"data"},
     "prepare": {"data", "randomness", "vae"},
+    "convert_data": {"data", "randomness"},
     "sampling": {"ops", "models", "layers"},
     "checkpoints": {"layers", "models", "recipe"},
     "train": {"checkpoints", "data", "models", "objective", "optim", "randomness", "recipe", "sampling", "vae"},
-    "cli": {"info", "prepare", "train"},
+    "cli": {"convert_data", "info", "prepare", "train"},
     "__init__": {"aligner", "checkpoints", "models", "objective", "sampling", "optim", "data", "compat", "ops"},
 }
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema")

@@ -1,13 +1,14 @@
 """The project's own format: latents in safetensors shards, one index, read through memory maps.
 
     FOLDER/latents-00000-of-00003.safetensors   moments (n, 2C, H, W) float32 = [mean, std], labels (n,) int64,
-                                                moments_flip like moments, of the mirrored images, where wanted
+                                                moments_flip like moments, of the mirrored images, where wanted;
+                                                latents (n, C, H, W), latents_flip instead, of sampled latents
     FOLDER/index.json                           counts, shapes, normalisation, classes, the autoencoder, checksums
 
-A shard is written whole or not at all, the index last: a folder without an index is not finished. `checksum` is the
-SHA-256 of the shard's arrays, kept in the index and in the shard's own metadata, so that a shard proves itself; index
-and metadata are sealed (schemas.py). Opening compares sizes and what shards say of themselves, and the checksums where
-that takes about a second; `verify` compares all.
+What convert-data writes may be float16 or bfloat16 too. A shard is written whole or not at all, the index last: without
+one a folder is not finished. `checksum` is the SHA-256 of the shard's arrays, kept in the index and in the shard's own
+metadata, so that a shard proves itself; index and metadata are sealed (schemas.py). Opening compares sizes and what
+shards say of themselves, and the checksums where that takes about a second; `verify` compares all.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import numpy as np
 from ...errors import InputError
 from ...files import write_whole
 from ...schemas import Count, Damaged, Index, as_type, must_be_whole, read_json, sealed
+from ..precision import CODE_OF_BITS, PRECISION_OF_CODE, PRECISIONS, to_float32, to_stored
 from ..source import LatentSource, digest
 
 INDEX_FILE = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"
 FORMAT = "sra2_fast latents"
-VERSION = 2  # 1 knows no flips, and is still written where there are none
+VERSION = 2  # 1 knows moments in float32, with labels and without flips, and is still written for those
 BLOCK_SIZE = 256  # samples: 8 MB of SD-VAE moments, enough for a disk to read at full speed
 VERIFY_AT_OPEN_BYTES = 1 << 28
 LONGEST_HEADER = 1 << 26
@@ -72,24 +74,34 @@ def write_shard(
     unreadable: Iterable[str] = (),
     record: dict[str, Any] | None = None,
     flips: np.ndarray | None = None,
+    *,
+    has_posterior: bool = True,
+    precision: str = "float32",
 ) -> Shard:
     """Write one shard, whole or not at all.
 
-    moments: (n, 2C, H, W) float32. labels: (n,) int64.
+    moments: (n, 2C, H, W) float32, or without `has_posterior` sampled latents (n, C, H, W). labels: (n,) int64.
     key: says what the shard was made from; `finished_shard` asks for the same again.
     record: JSON that `finished_shard` gives back.
     flips: like moments, of the images flipped from left to right. All shards of a data set have them, or none.
+    precision: what moments and flips are stored in, one of PRECISIONS. The same in all shards of a data set.
     """
-    moments, labels = np.ascontiguousarray(moments, np.float32), np.ascontiguousarray(labels, np.int64)
+    moments, labels = to_stored(moments, precision), np.ascontiguousarray(labels, np.int64)
     unreadable, record = list(unreadable), record or {}
-    tensors = {"moments": moments, "labels": labels}
+    name_of = _tensor_names(has_posterior)
+    tensors = {name_of[False]: moments, "labels": labels}
     if flips is not None:
-        flips = tensors["moments_flip"] = np.ascontiguousarray(flips, np.float32)
+        flips = tensors[name_of[True]] = to_stored(flips, precision)
     check = checksum(moments, labels, flips)
     metadata = {"key": key, "checksum": check, "unreadable": json.dumps(unreadable), "record": json.dumps(record)}
     header, payload = _serialise(tensors, sealed(metadata))
     write_whole(folder / name, header, payload)
     return Shard(name, len(labels), len(header) + len(payload), check, unreadable, record)
+
+
+def _tensor_names(has_posterior: bool) -> tuple[str, str]:
+    """Of the images' tensor, and of the mirrored images'."""
+    return ("moments", "moments_flip") if has_posterior else ("latents", "latents_flip")
 
 
 def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
@@ -99,7 +111,10 @@ def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> tupl
 
     data = save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:start])}, separators=(",", ":")).encode()
+    entries = json.loads(data[8:start])
+    for entry in entries.values():
+        entry["dtype"] = CODE_OF_BITS.get(entry["dtype"], entry["dtype"])
+    header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # keeps the payload aligned
     return len(header).to_bytes(8, "little") + header, memoryview(data)[start:]
 
@@ -128,14 +143,31 @@ def read_shard(folder: Path, name: str, key: str) -> tuple[Shard, np.ndarray, np
     return Shard(name, opened.samples, opened.bytes, found["checksum"], unreadable, record), moments, labels, flips
 
 
-def write_index(folder: Path, shards: list[Shard], *, has_flips: bool = False, **about: Any) -> None:
+def write_index(
+    folder: Path,
+    shards: list[Shard],
+    *,
+    has_flips: bool = False,
+    has_posterior: bool = True,
+    has_labels: bool = True,
+    precision: str = "float32",
+    **about: Any,
+) -> None:
     """Write index.json, which makes the folder a finished data set.
 
-    has_flips: whether the shards have `moments_flip`.
+    has_flips, has_posterior, precision: as the shards were written. has_labels: False where every label is 0 for lack
+    of any.
     about: shape (C, H, W), num_classes, class_names, shift, scale, vae, and anything worth recording.
     """
-    version = {"version": VERSION, "has_flips": True} if has_flips else {"version": 1}
-    index = {"format": FORMAT, **version, "num_samples": sum(shard.samples for shard in shards), **about}
+    given = {"has_flips": has_flips, "has_posterior": has_posterior, "has_labels": has_labels, "precision": precision}
+    unusual = {key: value for key, value in given.items() if value != Index.model_fields[key].default}
+    index = {
+        "format": FORMAT,
+        "version": VERSION if unusual else 1,
+        **unusual,
+        "num_samples": sum(shard.samples for shard in shards),
+        **about,
+    }
     index["shards"] = [{key: value for key, value in vars(shard).items() if key != "record"} for shard in shards]
     write_whole(folder / INDEX_FILE, json.dumps(sealed(index), indent=1).encode())
 
@@ -148,7 +180,6 @@ def is_shards(folder: Path) -> bool:
 class ShardSource(LatentSource):
     """A finished folder of shards. Nothing is loaded but the labels (8 bytes a sample); moments are mapped."""
 
-    has_posterior = True
     block_size = BLOCK_SIZE
 
     def __init__(self, folder: Path) -> None:
@@ -156,7 +187,8 @@ class ShardSource(LatentSource):
         self.name = str(folder)
         index = as_index(folder, read_index(folder))
         self.shape, self.num_classes, self.class_names = index.shape, index.num_classes, index.class_names
-        self.has_flips = index.has_flips
+        self.has_flips, self.has_posterior, self.has_labels = index.has_flips, index.has_posterior, index.has_labels
+        self.precision = index.precision
         if index.vae is not None:
             self.vae, self.vae_fingerprint = index.vae.name, index.vae.fingerprint
         self.shift = np.asarray(index.shift, dtype=np.float32)
@@ -173,20 +205,20 @@ class ShardSource(LatentSource):
             self.verify()
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64; copies, not views of the maps."""
+        """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, or sampled latents (n, C, H, W), and labels (n,) int64;
+        copies, not views of the maps."""
         return self.read_flipped(indices, np.zeros(len(indices), dtype=bool))
 
     def read_flipped(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same, with the moments of the mirrored images where `flipped` (n,) bool."""
-        channels, height, width = self.shape
-        values = np.empty((len(indices), 2 * channels, height, width), dtype=np.float32)
+        values = np.empty((len(indices), *self._stored_shape), dtype=np.float32)
         shard_of = self._shard_of(indices)
         for number in np.unique(shard_of):
             opened = self._file(int(number))
             for wanted, stored in ((~flipped, opened.moments()), (flipped, opened.flips())):
                 here = (shard_of == number) & wanted
                 if stored is not None and here.any():
-                    values[here] = stored[indices[here] - self._starts[number]]
+                    values[here] = to_float32(stored[indices[here] - self._starts[number]])
         return values, self._labels[indices]
 
     def describe(self, index: int) -> str:
@@ -218,6 +250,11 @@ class ShardSource(LatentSource):
                     f"{AGAIN}, which makes only this shard anew"
                 )
 
+    @property
+    def _stored_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.shape
+        return (2 * channels if self.has_posterior else channels, height, width)
+
     def _shard_of(self, index: Any) -> Any:
         """The number of the shard that holds sample `index`; elementwise for an array."""
         return np.searchsorted(self._starts, index, side="right") - 1
@@ -226,7 +263,8 @@ class ShardSource(LatentSource):
         if number not in self._files:
             shard = self.shards[number]
             opened = _ShardFile(self.folder / shard.file, shard.bytes)
-            is_of_shape = opened.moments().shape[1:] == (2 * self.shape[0], *self.shape[1:])
+            is_of_shape = opened.moments().shape[1:] == self._stored_shape and opened.precision == self.precision
+            is_of_shape = is_of_shape and opened.has_posterior == self.has_posterior
             is_flipped = (opened.flips() is not None) == self.has_flips
             if opened.samples != shard.samples or not is_of_shape or not is_flipped:
                 raise InputError(f"data: {opened.path} does not belong to {INDEX_FILE}; {AGAIN}")
@@ -270,21 +308,25 @@ class _ShardFile:
             )
         try:
             self.metadata = as_type(header.pop("__metadata__", {}), dict[str, str])
-            self._moments = self._map(header["moments"], "F32", np.float32, 8 + header_bytes)
+            self.has_posterior = "latents" not in header
+            name, name_of_flips = _tensor_names(self.has_posterior)
+            self.precision = PRECISION_OF_CODE.get(header[name]["dtype"], "float32")
+            code, dtype = PRECISIONS[self.precision]
+            self._moments = self._map(header[name], code, dtype, 8 + header_bytes)
             self._labels = self._map(header["labels"], "I64", np.int64, 8 + header_bytes)
             if self._moments.ndim != 4 or self._labels.shape != self._moments.shape[:1]:
                 raise ValueError("shapes of moments and labels disagree")
             self._flips = None
-            if "moments_flip" in header:
-                self._flips = self._map(header["moments_flip"], "F32", np.float32, 8 + header_bytes)
+            if name_of_flips in header:
+                self._flips = self._map(header[name_of_flips], code, dtype, 8 + header_bytes)
                 if self._flips.shape != self._moments.shape:
-                    raise ValueError("shapes of moments and moments_flip disagree")
+                    raise ValueError(f"shapes of {name} and {name_of_flips} disagree")
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"data: {path} is truncated or no shard of latents ({error}); {AGAIN}") from error
         self.samples = len(self._labels)
 
     def moments(self) -> np.ndarray:
-        """(n, 2C, H, W) float32, mapped."""
+        """(n, 2C, H, W), or sampled latents (n, C, H, W), mapped; as PRECISIONS says, bfloat16 as its bits."""
         return self._moments
 
     def labels(self) -> np.ndarray:
