@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": ("sra2_fast.prepare", "encode a folder of images with a VAE into latents to train on"),
     "train": ("sra2_fast.train", "train a SiT with SRA 2"),
     "convert-data": ("sra2_fast.convert_data", "bring latents of any known layout into shards, which are read fastest"),
+    "convert": ("sra2_fast.convert", "checkpoints of SiT, REPA, SRA, REPA-E, LightningDiT into ours, and back"),
     "info": ("sra2_fast.info", "what is built and which backends are used here"),
 }
 

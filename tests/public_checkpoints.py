@@ -33,7 +33,7 @@ def checkpoint_of(name: str) -> tuple[dict[str, Any], Recording]:
     ema = recording.state()
     buffers = {key: recording[f"state.{key}"] for key in ema if key.startswith("bn.")}
     ema |= buffers
-    model = {key: value + 1 if value.is_floating_point() else value for key, value in ema.items()}
+    model = {key: value * 1.125 if value.is_floating_point() else value for key, value in ema.items()}
     content: dict[str, Any] = {"model": model, "ema": ema, "opt": optimizer_of(model)}
     if name == "lightningdit":
         return {**content, "config": LIGHTNINGDIT}, recording

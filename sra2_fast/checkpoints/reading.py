@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InputError
 
 WRAPPERS = ("module", "_orig_mod")  # what DDP and torch.compile put into names
-_UNSAFE = re.compile(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:operand|class|global):? ?([\w.]+)")
+_UNSAFE = re.compile(r"GLOBAL ([\w.]+)")  # how torch names the type or function that a file wants
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_public(path: str | os.PathLike[str]) -> PublicCheckpoint:
         if found is None:
             raise _unreadable(path, error) from error
         raise InputError(
-            f"checkpoint {path}: wants to run {found[1] or found[2]} when it is opened, which is refused; load it "
+            f"checkpoint {path}: wants to run {found[1]} when it is opened, which is refused; load it "
             'where you trust it and save its tensors alone: torch.save({"ema": checkpoint["ema"]}, ...)'
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
