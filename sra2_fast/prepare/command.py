@@ -69,7 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-workers", type=int, default=None, help="processes that read images (one a core, up to 8)"
     )
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
-    parser.add_argument("--verify", action="store_true", help="only compare the finished latents with their checksums")
+    parser.add_argument(
+        "--verify",
+        metavar="N",
+        nargs="?",
+        type=int,
+        const=0,
+        help="only compare the finished latents with their checksums; with a number, decode so many into a picture",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,10 +87,17 @@ def run(args: argparse.Namespace) -> int:
     from ..data.layouts.shards import ShardSource
 
     out = Path(args.out)
-    if args.verify:
+    if args.verify is not None:
+        if args.verify < 0:
+            raise must_be("prepare", "--verify", "0 or more", args.verify)
         source = ShardSource(out)
         source.verify()
         print(f"all checksums right: {_summary(source)} in {out}")
+        if args.verify:
+            from .verify import decode_some
+
+            device, _ = _device_and_precision(args)
+            print(decode_some(out, args.verify, images=args.images, vae=args.vae, device=device))
         return 0
     with contextlib.ExitStack() as held:
         return _prepare(args, out, held)

@@ -46,13 +46,10 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     As long as it is not finished the list of images may change (unreadable ones get removed); afterwards not.
     """
     path = out / PLAN_FILE
-    listing = hashlib.sha256("\n".join(images.files).encode()).hexdigest()
+    listing = listing_of(images)
     classes = hashlib.sha256(images.labels.tobytes() + json.dumps(images.class_names).encode()).hexdigest()
     if path.is_file():
-        try:
-            before = {**_defaults(), **as_type(read_json(path), dict[str, Any])}
-        except Damaged as error:
-            raise InputError(f"prepare: {path} {error}; remove it or give another --out") from error
+        before = _read_plan(path)
         if "vae_fingerprint" not in before:
             raise InputError(f"prepare: {out} was begun by an earlier version of sra2-fast; give another --out")
         if before["vae_fingerprint"] != options.vae_fingerprint:
@@ -79,9 +76,32 @@ def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:
     write_whole(path, json.dumps({**vars(options), "listing": listing, "classes": classes}, indent=1).encode())
 
 
-def _defaults() -> dict[str, object]:
-    """What the options were that an earlier version did not know yet."""
-    return {field.name: field.default for field in fields(EncodeOptions) if field.default is not MISSING}
+def begun_with(out: Path) -> tuple[EncodeOptions, str]:
+    """What `out` was begun with, and `listing_of` its images. Raises InputError where that is not known."""
+    path = out / PLAN_FILE
+    if not path.is_file():
+        raise InputError(
+            f"prepare: {out} has no {PLAN_FILE}: what its latents were made from is not known; say --verify alone"
+        )
+    before = _read_plan(path)
+    try:
+        return EncodeOptions(**{field.name: before[field.name] for field in fields(EncodeOptions)}), before["listing"]
+    except KeyError as error:
+        raise InputError(f"prepare: {path} is damaged (no {error}); run the same sra2-fast prepare again") from error
+
+
+def listing_of(images: ImageList) -> str:
+    """A digest of the images' names."""
+    return hashlib.sha256("\n".join(images.files).encode()).hexdigest()
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """prepare.json, with what the options were that an earlier version did not know yet."""
+    defaults = {field.name: field.default for field in fields(EncodeOptions) if field.default is not MISSING}
+    try:
+        return {**defaults, **as_type(read_json(path), dict[str, Any])}
+    except Damaged as error:
+        raise InputError(f"prepare: {path} {error}; remove it or give another --out") from error
 
 
 def survey(
