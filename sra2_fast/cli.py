@@ -17,6 +17,7 @@ from .errors import EXIT_BAD_INPUT, EXIT_TEMPORARY, InputError, TemporaryFailure
 COMMANDS = {
     "prepare": ("sra2_fast.prepare", "encode a folder of images with a VAE into latents to train on"),
     "train": ("sra2_fast.train", "train a SiT with SRA 2"),
+    "sample": ("sra2_fast.sample", "draw images from a run or a checkpoint"),
     "convert-data": ("sra2_fast.convert_data", "bring latents of any known layout into shards, which are read fastest"),
     "convert": ("sra2_fast.convert", "checkpoints of SiT, REPA, SRA, REPA-E, LightningDiT into ours, and back"),
     "info": ("sra2_fast.info", "what is built and which backends are used here"),

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     PREPARE = 9  # the order in which images are laid out in shards
     FLIP = 10  # uniform; the mirrored image is taken where it is below 1/2, of data that hold one
     CROP = 11  # the random crop of an image by `prepare` (index = a hash of its name)
+    SAMPLING_LABEL = 12  # uniform; the label of an image of `sra2-fast sample --labels random`
 
 
 def generator(stream: Stream, seed: int, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -37,7 +37,8 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "checkpoints": {"layers", "models", "recipe"},
     "train": {"checkpoints", "data", "models", "objective", "optim", "randomness", "recipe", "sampling", "vae"},
     "convert": {"checkpoints"},
-    "cli": {"convert", "convert_data", "info", "prepare", "train"},
+    "sample": {"checkpoints", "data", "models", "randomness", "sampling", "vae"},
+    "cli": {"convert", "convert_data", "info", "prepare", "sample", "train"},
     "__init__": {"aligner", "checkpoints", "models", "objective", "sampling", "optim", "data", "compat", "ops"},
 }
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "alignment_velocity_loss", "adamw_ema")

@@ -25,14 +25,18 @@ IN_COLOURS = "samples are latents shown as colours (--vae names an autoencoder, 
 class Decoder:
     """Call it with z (n, C, h, w): images (n, H, W, 3) uint8.
 
-    vae: name or path of the autoencoder in use, None where there is none.
+    vae, fingerprint: name or path, and weights, of the autoencoder in use; None where there is none.
     note: a line for the user, None where all is as wished.
     """
 
     def __init__(
-        self, to_images: Callable[[torch.Tensor], np.ndarray], vae: str | None = None, note: str | None = None
+        self,
+        to_images: Callable[[torch.Tensor], np.ndarray],
+        vae: str | None = None,
+        note: str | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        self._to_images, self.vae, self.note = to_images, vae, note
+        self._to_images, self.vae, self.note, self.fingerprint = to_images, vae, note, fingerprint
 
     def __call__(self, z: torch.Tensor) -> np.ndarray:
         return self._to_images(z)
@@ -77,9 +81,10 @@ def _through(vae: str, info: DecodeInfo, device: str | torch.device, *, download
         values = _unnormalise(z, info)
         return _to_image(torch.cat([autoencoder.decode(model, part) for part in values.split(DECODE_BATCH)]))
 
-    is_same = info.vae_fingerprint in (None, autoencoder.fingerprint(model))
+    fingerprint = autoencoder.fingerprint(model)
+    is_same = info.vae_fingerprint in (None, fingerprint)
     note = None if is_same else f"{vae} has other weights than the autoencoder the latents were made with ({info.vae})"
-    return Decoder(decode, vae, note)
+    return Decoder(decode, vae, note, fingerprint)
 
 
 def _as_colours(z: torch.Tensor) -> np.ndarray:
