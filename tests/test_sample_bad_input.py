@@ -16,19 +16,21 @@ import numpy as np
 import pytest
 import torch
 from photos import save_vae
+from recorded.recording import load_recording
 from safetensors.torch import load_file, save_file
 from sampled import COUNT, command, contents, sample, save_run
 
 from sra2_fast.cli import main
+from sra2_fast.errors import EXIT_TEMPORARY
 from sra2_fast.sample.store import SampleFolder
 
 pytest_plugins = ["sampled"]
 Harm = Callable[[Path], Any]
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str], match: str) -> None:
+def refused(capsys: pytest.CaptureFixture[str], words: list[str], match: str, exit_code: int = 2) -> None:
     capsys.readouterr()
-    assert main(words) == 2
+    assert main(words) == exit_code
     error = capsys.readouterr().err.rstrip("\n").splitlines()[-1]  # a bar may stand before it
     assert error.startswith("sra2-fast sample: ") and re.search(match, error), error
 
@@ -145,7 +147,7 @@ def nan_in_a_bias(weights: dict[str, torch.Tensor]) -> None:
         ),
         (
             lambda run: change_state(run, lambda state: state["latents"].update(kind="vae", vae="/no/such/vae")),
-            r"/no/such/vae does not exist; give a folder with an AutoencoderKL, or a hub name",
+            r"/no/such/vae does not exist; give a folder with an autoencoder, or a hub name",
         ),
         (
             lambda run: change_weights(run, lambda weights: weights.pop("x_embedder.proj.bias")),
@@ -168,6 +170,16 @@ def test_without_a_checkpoint_or_under_torchrun_it_says_so(
     refused(capsys, ["sample", "--out", str(tmp_path / "out")], r"--checkpoint is missing; give a run or a checkpoint")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(capsys, command(run, tmp_path / "out"), r"runs on one process and one device as yet, not under torchrun")
+
+
+def test_a_public_file_that_does_not_tell_enough_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"ema": load_recording("sit").state()}, tmp_path / "0400000.pt")
+    refused(capsys, command(tmp_path / "0400000.pt", tmp_path / "out"), r"0400000\.pt.*heads")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, command(tmp_path / "empty", tmp_path / "out"), r"checkpoint .*empty")
+    match = r"source must be auto or sra2_fast or sit or .*, got 'dit'"
+    refused(capsys, command(tmp_path / "0400000.pt", tmp_path / "out", "--source", "dit"), match)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nan_from_the_model_is_told_with_the_images(
@@ -224,12 +236,12 @@ def test_a_folder_of_something_else_is_left_as_it_is(
     refused(capsys, command(run, Path("/dev/null/out")), r"cannot write into /dev/null/out \(Not a directory\)")
 
 
-def test_two_processes_do_not_share_a_folder(
-    run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_do_not_share_a_folder(run: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is nobody's mistake: the exit code says that the same command may go on later."""
     with open(whole / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(capsys, command(run, whole), r"--out .* is in use by another process; choose another folder")
+        match = r"--out .* is in use by another process; choose another folder"
+        refused(capsys, command(run, whole), match, EXIT_TEMPORARY)
 
 
 def test_a_full_disk_keeps_the_images(

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sra2_fast import SiT, compat, sample_ode, sample_sde
+from sra2_fast.checkpoints import convert_state_dict
 
 with safe_open(HERE / "samplers.safetensors", "pt") as _file:
     CASES: dict[str, dict[str, Any]] = json.loads(_file.metadata()["cases"])
@@ -19,7 +20,8 @@ with safe_open(HERE / "samplers.safetensors", "pt") as _file:
 
 
 def models_of(name: str) -> tuple[Any, ...]:
-    """With the recorded weights: REPA's class and a plain SiT, or the SiT repository's, whose time runs the other way.
+    """With the recorded weights: REPA's class and a plain SiT; or the SiT repository's, time turned around by hand, and
+    converted.
 
     A plain SiT goes another way through the sampler.
     """
@@ -40,7 +42,9 @@ def models_of(name: str) -> tuple[Any, ...]:
         return -sit(x, 1 - t, y)
 
     velocity.num_classes = sit.num_classes  # type: ignore[attr-defined]
-    return (velocity,)
+    converted = SiT(**{**recording.config, "learn_sigma": False}).eval()
+    converted.load_state_dict(convert_state_dict(recording.state(), source="sit"))
+    return velocity, converted
 
 
 @pytest.mark.parametrize("name", list(CASES))

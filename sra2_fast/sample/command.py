@@ -30,7 +30,12 @@ PNG_THREADS = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sra2-fast sample`."""
     add = parser.add_argument
-    add("--checkpoint", metavar="PATH", help="a run (its newest checkpoint), or one checkpoint of it")
+    add(
+        "--checkpoint",
+        metavar="PATH",
+        help="a run (its newest), one of its checkpoints, or a public .pt or .safetensors",
+    )
+    add("--source", default="auto", help="whose a public file is, where it does not tell: sit, repa, sra ...")
     add("--out", metavar="DIR", required=True, help="where the images go; the same command again goes on")
     add("--num-images", type=int, default=64, help="%(default)s")
     add("--batch-size", type=int, default=32, help="images drawn together (%(default)s); guidance doubles it")
@@ -69,17 +74,18 @@ def _sample(args: argparse.Namespace) -> int:
     import torch
 
     from .. import backends
+    from ..checkpoints import open_model
     from ..models import compile_blocks
     from .draw import ImageDrawer
     from .labels import make_labels
-    from .origin import decoder_for, fingerprint, open_checkpoint
+    from .origin import decoder_for, fingerprint
     from .store import SampleFolder
 
     device = _device(args)
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
-    model, origin = open_checkpoint(args.checkpoint, args.weights)
+    model, origin = open_model(args.checkpoint, args.weights, args.source)
     labels, labels_plan = make_labels(args.labels, model.num_classes, args.seed)
     sampler = _sampler(args, model, origin.path)
     decode, decoder_plan = decoder_for(origin, args.vae, model, device)

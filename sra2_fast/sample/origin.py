@@ -1,53 +1,19 @@
-"""What is sampled from: the model of a checkpoint, what is known of it, and what makes its latents images."""
+"""What is sampled from: which weights they are, and what makes their latents images."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checkpoints import list_checkpoints, load_checkpoint, load_weights
+from ..checkpoints import OpenedWeights
 from ..data import DecodeInfo
 from ..errors import InputError
 from ..models import SiT
 from ..vae.autoencoder import load_vae, normalisation
 from ..vae.decode import NONE, Decoder, make_decoder
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the weights are from. path: "linear", "cosine" or None (unknown). latents: as in state.json, or None."""
-
-    file: Path
-    weights: str
-    step: int
-    path: str | None
-    latents: dict[str, Any] | None
-    notes: tuple[str, ...] = ()
-
-
-def open_checkpoint(path: str, weights: str) -> tuple[SiT, Origin]:
-    """The model on the CPU, and where it is from. path: a run, or a checkpoint of one. Raises InputError."""
-    folder = Path(path)
-    if (folder / "checkpoints").is_dir():
-        found = list_checkpoints(folder / "checkpoints")
-        if not found:
-            raise InputError(f"sample: the run {folder} has no checkpoint yet; give another one")
-        folder = found[-1]
-    checkpoint = load_checkpoint(folder, weights_only=True)
-    config = checkpoint.state.get("model")
-    if not isinstance(config, dict):
-        raise InputError(f"sample: {folder} has no model in its state.json; it is not of sra2-fast train")
-    if weights == "ema" and checkpoint.ema is None:
-        raise InputError(f"sample: {folder} has no averaged weights; use --weights model")
-    model = SiT(**config)
-    load_weights(model, checkpoint.ema if weights == "ema" and checkpoint.ema else checkpoint.model, folder)
-    trained_on = (checkpoint.state.get("run") or {}).get("path")
-    return model, Origin(folder, weights, checkpoint.step, trained_on, checkpoint.state.get("latents"))
 
 
 def fingerprint(model: SiT) -> str:
@@ -61,7 +27,7 @@ def fingerprint(model: SiT) -> str:
 
 
 def decoder_for(
-    origin: Origin, vae: str | None, model: SiT, device: str | torch.device
+    origin: OpenedWeights, vae: str | None, model: SiT, device: str | torch.device
 ) -> tuple[Decoder, dict[str, Any]]:
     """(the decoder, what stands for it in the plan).
 
@@ -86,7 +52,7 @@ def decoder_for(
     return decode, {"kind": info.kind, "vae": decode.vae, "vae_fingerprint": decode.fingerprint, **normalised}
 
 
-def _decode_info(origin: Origin, model: SiT) -> DecodeInfo | None:
+def _decode_info(origin: OpenedWeights, model: SiT) -> DecodeInfo | None:
     if origin.latents is None:
         return None
     try:

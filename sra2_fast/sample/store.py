@@ -11,19 +11,18 @@ A kill at any moment costs the images under way. The arrays are written image by
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from ..errors import InputError, must_be
-from ..files import PARTIAL, make_folder, write_whole
+from ..files import PARTIAL, FolderLock, make_folder, write_whole
 from ..pictures import png_bytes, tile, write_png
 
 FORMAT = 1
@@ -43,7 +42,7 @@ class SampleFolder:
         self.path, self.images = path, path / "images"
         plan = json.loads(json.dumps(plan))
         make_folder(path)
-        self._lock = _locked(path)
+        self._lock = FolderLock(path, "sample")
         try:
             self._begin(plan, about)
         except BaseException:
@@ -60,7 +59,7 @@ class SampleFolder:
             )
         else:
             record = {"format": FORMAT, "plan": plan, **about}
-            write_whole(self.path / PLAN_FILE, (json.dumps(record, indent=1) + "\n").encode())
+            write_whole(self.path / PLAN_FILE, (json.dumps(record, indent=1) + "\n").encode(), op="sample")
         make_folder(self.images)
         for partial in self.images.glob(f".*{PARTIAL}"):
             partial.unlink(missing_ok=True)
@@ -91,7 +90,7 @@ class SampleFolder:
         """The first images, ten in a row."""
         shown = np.stack([self.read_image(index) for index in range(min(count, GRID_IMAGES))])
         path = self.path / GRID_FILE
-        write_whole(path, png_bytes(tile(shown, min(len(shown), GRID_COLUMNS))))
+        write_whole(path, png_bytes(tile(shown, min(len(shown), GRID_COLUMNS))), op="sample")
         return path
 
     def has_arrays(self, count: int) -> bool:
@@ -133,18 +132,6 @@ class SampleFolder:
 
     def close(self) -> None:
         self._lock.close()
-
-
-def _locked(path: Path) -> IO[str]:
-    lock = open(path / ".lock", "w")  # noqa: SIM115 - held for as long as the folder is in use
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise InputError(f"sample: --out {path} is in use by another process; choose another folder") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
 
 
 def _write_header(member: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
