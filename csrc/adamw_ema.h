@@ -1,4 +1,4 @@
-// AdamW with clipping and the exponential moving average, over flat float32 memory.
+// AdamW with clipping and the exponential moving average, over flat memory: float32, gradients also bf16.
 // Formulas: sra2_fast/reference/adamw_ema.py.
 #pragma once
 #include "dispatch.h"
@@ -20,10 +20,9 @@ struct AdamWEMANumbers {
 };
 
 struct AdamWEMAKernels {
-  double (*sum_of_squares)(const float* grad, int64_t n);
-  // n elements of one parameter, in place; ema may be null.
-  void (*update)(const AdamWEMANumbers& numbers, int64_t n, float* param, const float* grad, float* exp_avg,
-                 float* exp_avg_sq, float* ema);
+  double (*sum_of_squares)(const sra2_flat& grad, int64_t first, int64_t n);
+  // n elements of one parameter from `first` on, in place.
+  void (*update)(const AdamWEMANumbers& numbers, const sra2_adamw_ema_tensor& tensor, int64_t first, int64_t n);
 };
 
 }  // namespace sra2

@@ -53,7 +53,7 @@ int32_t sra2_adamw_ema_norm_cpu(int64_t tensors, const sra2_flat* grads, float* 
   if (!sums.data) return 1;
   const int32_t error = parallel_for(parallel, chunks.count(), GRAIN, [&](int64_t begin, int64_t end) {
     chunks.each(begin, end, numel, [&](int64_t chunk, int64_t tensor, int64_t at, int64_t n) {
-      sums.data[chunk] = kernels.sum_of_squares(grads[tensor].data + at, n);
+      sums.data[chunk] = kernels.sum_of_squares(grads[tensor], at, n);
     });
   });
   double total = 0;
@@ -89,8 +89,7 @@ int32_t sra2_adamw_ema_step_cpu(int64_t tensors, const sra2_adamw_ema_tensor* ta
                    static_cast<float>(s.ema_decay),
                    static_cast<float>(1 - s.ema_decay)};
       }
-      kernels.update(numbers, n, t.param + at, t.grad + at, t.exp_avg + at, t.exp_avg_sq + at,
-                     t.ema ? t.ema + at : nullptr);
+      kernels.update(numbers, t, at, n);
     });
   });
 }

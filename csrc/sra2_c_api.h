@@ -49,20 +49,23 @@ SRA2_API int32_t sra2_norm_fwd_cuda(const sra2_norm* args, void* stream);
 SRA2_API int32_t sra2_norm_bwd_cuda(const sra2_norm* args, void* stream);
 SRA2_API int64_t sra2_norm_workspace(sra2_shape shape);
 
-/* Flat float32 memory. */
+/* Flat memory of a dtype. */
 typedef struct {
-  const float* data;
+  const void* data;
   int64_t numel;
+  int32_t dtype;
 } sra2_flat;
-/* One parameter; ema may be null. step counts this update. */
+/* One parameter; ema may be null, and so may shadow: the parameter in bf16. step counts this update. */
 typedef struct {
   float* param;
-  const float* grad;
+  const void* grad;
   float* exp_avg;
   float* exp_avg_sq;
   float* ema;
+  uint16_t* shadow;
   int64_t numel;
   double step;
+  int32_t grad_dtype;
 } sra2_adamw_ema_tensor;
 /* max_grad_norm: infinity for no clipping. */
 typedef struct {

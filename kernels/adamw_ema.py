@@ -1,9 +1,11 @@
 """Clipped AdamW and the exponential moving average of all parameters in one pass over memory, in place, on CUDA.
 
 `global_norm` reads the gradients once; `adamw_ema_step` then reads five float32 tensors a parameter and writes four, 36
-bytes an element with the moving average, and nothing else. Both take any number of tensors in one launch: a table of
-addresses and a table of chunks lie on the device, made by `tensor_table.py`. The step decides on the device
-whether the norm is finite, so the host never waits. The update's equations are in `sra2_fast/reference/adamw_ema.py`.
+bytes an element with the moving average, and nothing else. With bf16 gradients and a bf16 copy of the weight, which the
+next forward multiplies by, it is as many: two bytes less read, two more written. Both take any number of tensors in one
+launch: a table of addresses and a table of chunks lie on the device, made by `tensor_table.py`. The step decides on the
+device whether the norm is finite, so the host never waits; rate and decay may lie there too, for a captured step. The
+update's equations are in `sra2_fast/reference/adamw_ema.py`.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ def launch_config(rows: int, D: int, dtype: torch.dtype) -> OptimizerLaunch:
 
 
 @triton.jit
-def _tensor_at(table_ptr, index, ALIGNED: tl.constexpr):
-    """The float32 tensor whose address is entry `index`; ALIGNED: all of them start at a multiple of 16 bytes."""
-    pointer = tl.load(table_ptr + index).to(tl.pointer_type(tl.float32))
+def _tensor_at(table_ptr, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor whose address is entry `index`; ALIGNED: all of them start at a multiple of 16 bytes."""
+    pointer = tl.load(table_ptr + index).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -68,10 +70,10 @@ def _one_minus_power(log_beta, steps):
 
 @triton.jit
 def _global_norm_kernel(
-    grad_table_ptr,  # (tensors,) int64 addresses of float32 tensors
+    grad_table_ptr,  # (tensors,) int64 addresses of tensors of type DTYPE
     numel_ptr, chunk_tensor_ptr, chunk_number_ptr, chunks,  # tensor_table.ChunkTable
     partial_ptr,  # (programs,) float32: written, each program's sum of squares
-    ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -79,14 +81,14 @@ def _global_norm_kernel(
         tensor = tl.load(chunk_tensor_ptr + chunk)
         first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
         left = tl.load(numel_ptr + tensor) - first
-        grad_ptr = _tensor_at(grad_table_ptr, tensor, ALIGNED) + first
+        grad_ptr = _tensor_at(grad_table_ptr, tensor, DTYPE, ALIGNED) + first
         if left >= CHUNK_SIZE:
             for start in tl.static_range(0, CHUNK_SIZE, BLOCK):
-                grad = tl.load(grad_ptr + start + lane)
+                grad = tl.load(grad_ptr + start + lane).to(tl.float32)
                 total += grad * grad
         else:
             for start in range(0, left, BLOCK):
-                grad = tl.load(grad_ptr + start + lane, mask=start + lane < left, other=0.0)
+                grad = tl.load(grad_ptr + start + lane, mask=start + lane < left, other=0.0).to(tl.float32)
                 total += grad * grad
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
@@ -103,9 +105,9 @@ def _root_of_sum_kernel(partial_ptr, norm_ptr, partials, BLOCK: tl.constexpr):
 @triton.jit
 def _load(pointer, lane, left, FULL: tl.constexpr):
     if FULL:  # without a mask: one that ends anywhere would take the 16-byte accesses apart
-        return tl.load(pointer + lane)
+        return tl.load(pointer + lane).to(tl.float32)
     else:
-        return tl.load(pointer + lane, mask=lane < left, other=0.0)
+        return tl.load(pointer + lane, mask=lane < left, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -117,9 +119,12 @@ def _store(pointer, value, lane, left, FULL: tl.constexpr):
 
 
 @triton.jit
-def _update_chunk(pointers, factors, left, HAS_EMA: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+def _update_chunk(
+    pointers, factors, left,
+    HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The update of `left` elements; FULL: `left` is a multiple of BLOCK."""
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr = pointers
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, shadow_ptr = pointers
     clip, step_size, inverse_root, moments, eps, decay, one_minus_ema_decay = factors
     one_minus_beta1, beta2, one_minus_beta2 = moments
     for start in range(0, left, BLOCK):
@@ -137,6 +142,8 @@ def _update_chunk(pointers, factors, left, HAS_EMA: tl.constexpr, FULL: tl.const
         _store(exp_avg_ptr, exp_avg, lane, left, FULL)
         _store(exp_avg_sq_ptr, exp_avg_sq, lane, left, FULL)
         _store(param_ptr, param, lane, left, FULL)
+        if HAS_SHADOW:
+            _store(shadow_ptr, param.to(tl.bfloat16), lane, left, FULL)
         if HAS_EMA:
             # Weighted, not ema + w (param - ema): a decay of 0 must give the parameter to the last bit.
             average = (1.0 - one_minus_ema_decay) * ema + one_minus_ema_decay * param
@@ -145,12 +152,14 @@ def _update_chunk(pointers, factors, left, HAS_EMA: tl.constexpr, FULL: tl.const
 
 @triton.jit
 def _adamw_ema_kernel(
-    table_ptr, tensors,  # (4 or 5, tensors) int64 addresses: params, grads, exp_avgs, exp_avg_sqs and emas
+    table_ptr, tensors,  # (rows, tensors) int64 addresses: params, grads, exp_avgs, exp_avg_sqs, then emas, shadows
     steps_ptr, norm_ptr,  # (tensors,) and () float32
+    rates_ptr,  # (2,) float64: lr, ema_decay; read where HAS_RATES
     numel_ptr, chunk_tensor_ptr, chunk_number_ptr,  # tensor_table.ChunkTable
-    lr, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2,
+    lr, weight_decay, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2,
     eps, decay, one_minus_ema_decay, max_grad_norm,  # decay: of the weights, 1 - lr weight_decay
-    HAS_EMA: tl.constexpr, HAS_CLIP: tl.constexpr, ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr, HAS_RATES: tl.constexpr, HAS_CLIP: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = tl.load(norm_ptr)
     if norm < float("inf"):  # false for NaN too: nothing is read or written then
@@ -160,9 +169,18 @@ def _adamw_ema_kernel(
         first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
         left = tl.load(numel_ptr + tensor) - first
         pointers = ()
-        for i in tl.static_range(5):
-            row = i if HAS_EMA or i < 4 else 0
-            pointers = append(pointers, _tensor_at(table_ptr + row * tensors, tensor, ALIGNED) + first)
+        for i in tl.static_range(4):
+            dtype: tl.constexpr = GRAD_DTYPE if i == 1 else tl.float32
+            pointers = append(pointers, _tensor_at(table_ptr + i * tensors, tensor, dtype, ALIGNED) + first)
+        ema_row = 4 if HAS_EMA else 0
+        pointers = append(pointers, _tensor_at(table_ptr + ema_row * tensors, tensor, tl.float32, ALIGNED) + first)
+        shadow_row = 4 + HAS_EMA if HAS_SHADOW else 0
+        pointers = append(pointers, _tensor_at(table_ptr + shadow_row * tensors, tensor, tl.bfloat16, ALIGNED) + first)
+        if HAS_RATES:  # in float64: 1 - 0.9999 in float32 would keep 3 of 7 digits
+            exact_lr = tl.load(rates_ptr)
+            lr = exact_lr.to(tl.float32)
+            decay = (1.0 - exact_lr * weight_decay).to(tl.float32)
+            one_minus_ema_decay = (1.0 - tl.load(rates_ptr + 1)).to(tl.float32)
         clip = 1.0
         if HAS_CLIP:
             clip = tl.minimum(max_grad_norm / (norm + 1e-6), 1.0)
@@ -172,32 +190,43 @@ def _adamw_ema_kernel(
         moments = (one_minus_beta1, beta2, one_minus_beta2)
         factors = (clip, step_size, inverse_root, moments, eps, decay, one_minus_ema_decay)
         if left >= CHUNK_SIZE:
-            _update_chunk(pointers, factors, CHUNK_SIZE, HAS_EMA, True, BLOCK)
+            _update_chunk(pointers, factors, CHUNK_SIZE, HAS_EMA, HAS_SHADOW, True, BLOCK)
         else:
-            _update_chunk(pointers, factors, left, HAS_EMA, False, BLOCK)
+            _update_chunk(pointers, factors, left, HAS_EMA, HAS_SHADOW, False, BLOCK)
+
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """n = sqrt(sum over all tensors and elements of g^2), a 0-d float32 tensor on the gradients' device.
 
-    grads: float32, each dense and of any shape; at least one tensor. Sums in float32 and in a fixed order.
+    grads: float32 or bfloat16, each dense and of any shape; at least one tensor. Sums in float32 and in a fixed order;
+    a launch a dtype.
     """
     device = grads[0].device
     config = launch_config(len(grads), 0, torch.float32)
-    table = address_table((grads,))
-    chunks = chunk_table(grads)
+    most = config.norm_programs * multiprocessors(device)
+    by_dtype = [[g for g in grads if g.dtype is dtype and g.numel()] for dtype in _TRITON_DTYPES]
+    partial = torch.empty(len(by_dtype) * most, device=device, dtype=torch.float32)
+    partials = 0
+    for dtype, members in zip(_TRITON_DTYPES, by_dtype, strict=True):
+        if not members:
+            continue
+        table, chunks = address_table((members,)), chunk_table(members)
+        programs = min(chunks.chunks, most)
+        _global_norm_kernel[(programs,)](
+            table.addresses,
+            chunks.numels, chunks.chunk_tensor, chunks.chunk_number, chunks.chunks,
+            partial[partials:],
+            DTYPE=_TRITON_DTYPES[dtype], ALIGNED=table.is_aligned, CHUNK_SIZE=CHUNK, BLOCK=config.block,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+        partials += programs
     norm = torch.empty((), device=device, dtype=torch.float32)
-    if chunks.chunks == 0:
+    if partials == 0:
         return norm.zero_()
-    programs = min(chunks.chunks, config.norm_programs * multiprocessors(device))
-    partial = torch.empty(programs, device=device, dtype=torch.float32)
-    _global_norm_kernel[(programs,)](
-        table.addresses,
-        chunks.numels, chunks.chunk_tensor, chunks.chunk_number, chunks.chunks,
-        partial,
-        ALIGNED=table.is_aligned, CHUNK_SIZE=CHUNK, BLOCK=config.block, num_warps=config.num_warps,
-    )  # fmt: skip
-    _root_of_sum_kernel[(1,)](partial, norm, programs, BLOCK=1024, num_warps=4)
+    _root_of_sum_kernel[(1,)](partial, norm, partials, BLOCK=1024, num_warps=4)
     return norm
 
 
@@ -207,23 +236,27 @@ def adamw_ema_step(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     emas: Sequence[torch.Tensor] | None,
+    shadows: Sequence[torch.Tensor] | None,
     steps: torch.Tensor,
     norm: torch.Tensor,
+    rates: torch.Tensor | None,
     settings: Any,
 ) -> None:
     """One clipped AdamW step and the moving average, in place; nothing changes where `norm` is not finite.
 
-    params, grads, exp_avgs, exp_avg_sqs, emas: float32 tensors, dense, the same shapes and strides across the lists;
-    emas None or empty: no average is kept. steps: (len(params),) float32 on the device, this step counted.
-    norm: 0-d float32 on the device. settings: `sra2_fast.reference.adamw_ema.AdamWEMASettings`, or any object with
-    lr, beta1, beta2, eps, weight_decay, ema_decay (None: no average) and max_grad_norm (None: no clipping).
+    params, exp_avgs, exp_avg_sqs, emas: float32 tensors, dense, the same shapes and strides across the lists; grads:
+    likewise, all float32 or all bfloat16; shadows: likewise, bfloat16, written with the new params. emas, shadows None
+    or empty: there are none. steps: (len(params),) float32 on the device, this step counted.
+    norm: 0-d float32 on the device. rates: (2,) float64 on the device, lr and ema_decay in place of the settings'; None:
+    the settings'. settings: `sra2_fast.reference.adamw_ema.AdamWEMASettings`, or any object with lr, beta1, beta2, eps,
+    weight_decay, ema_decay (None: no average) and max_grad_norm (None: no clipping).
     """
     if not params:
         return
     chunks = chunk_table(params)
     if chunks.chunks == 0:
         return
-    lists = [params, grads, exp_avgs, exp_avg_sqs, *([emas] if emas else [])]
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([emas] if emas else []), *([shadows] if shadows else [])]
     table = address_table(lists)
     config = launch_config(len(params), 0, torch.float32)
     beta1, beta2, max_grad_norm = settings.beta1, settings.beta2, settings.max_grad_norm
@@ -231,9 +264,12 @@ def adamw_ema_step(
     _adamw_ema_kernel[(chunks.chunks,)](
         table.addresses, len(params),
         steps, norm,
+        norm if rates is None else rates,
         chunks.numels, chunks.chunk_tensor, chunks.chunk_number,
-        settings.lr, 1 - beta1, beta2, 1 - beta2, *(math.log(b) if b > 0 else -math.inf for b in (beta1, beta2)),
+        settings.lr, settings.weight_decay,
+        1 - beta1, beta2, 1 - beta2, *(math.log(b) if b > 0 else -math.inf for b in (beta1, beta2)),
         settings.eps, 1 - settings.lr * settings.weight_decay, 1 - ema_decay, max_grad_norm or 0.0,
-        HAS_EMA=bool(emas), HAS_CLIP=max_grad_norm is not None, ALIGNED=table.is_aligned,
+        HAS_EMA=bool(emas), HAS_SHADOW=bool(shadows), HAS_RATES=rates is not None, HAS_CLIP=max_grad_norm is not None,
+        GRAD_DTYPE=_TRITON_DTYPES[grads[0].dtype], ALIGNED=table.is_aligned,
         CHUNK_SIZE=CHUNK, BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip

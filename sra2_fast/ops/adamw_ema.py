@@ -32,6 +32,7 @@ class AdamWEMATensors:
     """The tensors of one call: a parameter, its gradient and its state stand at the same place of each list.
 
     float32 on one device for the kernels, the strides of each parameter throughout; emas None: nothing is averaged.
+    grads: all float32, or all bfloat16. shadows: bfloat16, the parameters rounded, written with them; None: none.
     steps: (len(params),) float32, same device - updates of each parameter.
     """
 
@@ -41,6 +42,7 @@ class AdamWEMATensors:
     exp_avg_sqs: list[Tensor]
     emas: list[Tensor] | None
     steps: Tensor
+    shadows: list[Tensor] | None = None
 
 
 def is_fused(device: torch.device) -> bool:
@@ -51,8 +53,8 @@ def is_fused(device: torch.device) -> bool:
 def global_norm(grads: list[Tensor]) -> Tensor:
     """n = sqrt(sum of g^2 over all tensors), 0-d float32 on their device; one read, no host synchronisation.
 
-    grads: float32, dense in memory, at least one. Squares are added in float32 over fixed chunks and these in float64
-    (on the CPU): deterministic for any number of threads.
+    grads: float32 or bfloat16, dense in memory, at least one. Squares are added in float32 over fixed chunks and these
+    in float64 (on the CPU): deterministic for any number of threads.
     """
     if not grads:
         raise must_be("adamw_ema", "grads", "at least one tensor", "none")
@@ -64,15 +66,26 @@ def adamw_ema_step(tensors: AdamWEMATensors, norm: Tensor, settings: AdamWEMASet
 
     tensors: steps counts this update; grads stay as they are.
     norm: 0-d float32, same device - `global_norm` over all groups.
+    settings: lr or ema_decay may be a 0-d tensor on the device, so that a CUDA graph replays with what it holds.
     """
     t = tensors
     decay = 1.0 if settings.ema_decay is None else settings.ema_decay
     clip = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [])
-    _step(*lists, t.steps, norm, *settings._replace(ema_decay=decay, max_grad_norm=clip))
+    lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [], t.shadows or [])
+    rates, numbers = _rates(settings._replace(ema_decay=decay, max_grad_norm=clip), norm)
+    _step(*lists, t.steps, norm, rates, *numbers)
     # The kernels write past autograd: without this it would not notice that a saved weight has changed since.
-    for written in (t.params, t.exp_avgs, t.exp_avg_sqs, t.emas or []):
+    for written in (t.params, t.exp_avgs, t.exp_avg_sqs, t.emas or [], t.shadows or []):
         torch.autograd.graph.increment_version(written)
+
+
+def _rates(settings: AdamWEMASettings, like: Tensor) -> tuple[Tensor, AdamWEMASettings]:
+    """((2,) float64 of lr and ema_decay, the settings without them) where one is a tensor; else empty, and as it is."""
+    pair = (settings.lr, settings.ema_decay)
+    if not any(isinstance(one, Tensor) for one in pair):
+        return like.new_empty(0, dtype=torch.float64), settings
+    made = [one.double() if isinstance(one, Tensor) else like.new_full((), one, dtype=torch.float64) for one in pair]
+    return torch.stack(made), settings._replace(lr=0.0, ema_decay=1.0)
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
@@ -95,6 +108,8 @@ def eager(tensors: AdamWEMATensors, is_finite: Tensor, settings: AdamWEMASetting
     on_host = is_finite.device.type in _READ_THE_FLAG_ON
     if on_host and not is_finite:
         return
+    if on_host:
+        s = s._replace(**{name: float(getattr(s, name)) for name in ("lr", "ema_decay") if getattr(s, name) is not None})
     adamw(
         t.params,
         t.grads,
@@ -135,7 +150,7 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
     t, s = tensors, settings
     skip = (~is_finite).int().reshape(1)
     lists = [t.grads, t.params, t.exp_avgs, t.exp_avg_sqs]
-    rate = torch.full((1,), s.lr, device=norm.device)
+    rate = torch.as_tensor(s.lr, dtype=torch.float32, device=norm.device).reshape(1)
     clip = clip_coefficient(norm, s.max_grad_norm).reshape(1)
     is_adamw = has_bias_correction = 1
     steps = t.steps[:1].int()
@@ -146,7 +161,9 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
         eager_ema(t.emas, t.params, s.ema_decay, is_finite)
 
 
-def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float, is_finite: Tensor) -> None:
+def eager_ema(
+    emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float | Tensor, is_finite: Tensor
+) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
     if not emas:
         return  # the flag would be read for nothing
@@ -167,20 +184,22 @@ def _norm(grads):
 
 
 def _step_triton(
-    params, grads, exp_avgs, exp_avg_sqs, emas, steps, norm,
+    params, grads, exp_avgs, exp_avg_sqs, emas, shadows, steps, norm, rates,
     lr, beta1, beta2, eps, weight_decay, ema_decay, max_grad_norm,
 ):  # fmt: skip
     clip = None if max_grad_norm == math.inf else max_grad_norm
     settings = AdamWEMASettings(lr, beta1, beta2, eps, weight_decay, ema_decay, clip)
-    launchers(_OP).adamw_ema_step(params, grads, exp_avgs, exp_avg_sqs, emas or None, steps, norm, settings)
+    launchers(_OP).adamw_ema_step(
+        params, grads, exp_avgs, exp_avg_sqs, emas, shadows, steps, norm, rates if rates.numel() else None, settings
+    )
 
 
 @operator(
     _OP,
     "step",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas,"
-    " Tensor steps, Tensor norm, float lr, float beta1, float beta2, float eps, float weight_decay, float ema_decay,"
-    " float max_grad_norm) -> ()",
+    " Tensor(e!)[] shadows, Tensor steps, Tensor norm, Tensor rates, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, float ema_decay, float max_grad_norm) -> ()",
     triton=_step_triton,
 )
 def _step(*arguments):

@@ -24,14 +24,14 @@ from torch import Tensor
 
 class AdamWEMASettings(NamedTuple):
     """The numbers of one step, in the order of the operator's arguments. ema_decay None: no average; max_grad_norm
-    None: no clip."""
+    None: no clip. A tensor is 0-d and on the device."""
 
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
-    ema_decay: float | None
+    ema_decay: float | Tensor | None
     max_grad_norm: float | None
 
 
