@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,16 +118,20 @@ def optimizer_cases() -> Iterator[Case]:
         lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, ema_decay=0.9999, max_grad_norm=1.0
     )
 
-    def norm():
-        return lists[1], [adamw_ema.global_norm(lists[1])]
+    low = [torch.empty(33_000_000, dtype=torch.bfloat16)]
 
-    def step():
-        adamw_ema.adamw_ema_step(*lists, torch.ones(1), torch.ones(()), settings)
-        flat = [tensor for tensors in lists for tensor in tensors]
-        return flat, [tensor for tensor in flat if tensor is not lists[1][0]]
+    def norm(grads):
+        return grads, [adamw_ema.global_norm(grads)]
 
-    yield Case("adamw_ema", "norm", "33 M elements", "float32", norm, tabled=True)
-    yield Case("adamw_ema", "step", "33 M elements", "float32", step, tabled=True)
+    def step(grads, shadows):
+        given = [lists[0], grads, *lists[2:]]
+        adamw_ema.adamw_ema_step(*given, shadows, torch.ones(1), torch.ones(()), None, settings)
+        written = [tensor for tensors in (lists[0], *lists[2:]) for tensor in tensors]
+        return [*written, *grads], [*written, *shadows]
+
+    for name, grads, shadows in (("float32", lists[1], []), ("bf16 gradients", low, low)):
+        yield Case("adamw_ema", "norm", "33 M elements", name, partial(norm, grads), tabled=True)
+        yield Case("adamw_ema", "step", "33 M elements", name, partial(step, grads, shadows), tabled=True)
 
 
 def cases(sizes: tuple[str, ...] = tuple(WIDTHS), types: tuple[str, ...] = tuple(TYPES)) -> Iterator[Case]:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_tiles import append, multiprocessors
+from .row_tiles import multiprocessors
 from .tensor_table import CHUNK, address_table, chunk_table
 
 
@@ -168,14 +168,17 @@ def _adamw_ema_kernel(
         # int64: a tensor may have more than 2^31 elements.
         first = tl.load(chunk_number_ptr + chunk).to(tl.int64) * CHUNK_SIZE
         left = tl.load(numel_ptr + tensor) - first
-        pointers = ()
-        for i in tl.static_range(4):
-            dtype: tl.constexpr = GRAD_DTYPE if i == 1 else tl.float32
-            pointers = append(pointers, _tensor_at(table_ptr + i * tensors, tensor, dtype, ALIGNED) + first)
-        ema_row = 4 if HAS_EMA else 0
-        pointers = append(pointers, _tensor_at(table_ptr + ema_row * tensors, tensor, tl.float32, ALIGNED) + first)
-        shadow_row = 4 + HAS_EMA if HAS_SHADOW else 0
-        pointers = append(pointers, _tensor_at(table_ptr + shadow_row * tensors, tensor, tl.bfloat16, ALIGNED) + first)
+        param_ptr = _tensor_at(table_ptr, tensor, tl.float32, ALIGNED) + first
+        grad_ptr = _tensor_at(table_ptr + tensors, tensor, GRAD_DTYPE, ALIGNED) + first
+        exp_avg_ptr = _tensor_at(table_ptr + 2 * tensors, tensor, tl.float32, ALIGNED) + first
+        exp_avg_sq_ptr = _tensor_at(table_ptr + 3 * tensors, tensor, tl.float32, ALIGNED) + first
+        ema_ptr, shadow_ptr = param_ptr, param_ptr  # not used unless there is one
+        if HAS_EMA:
+            ema_ptr = _tensor_at(table_ptr + 4 * tensors, tensor, tl.float32, ALIGNED) + first
+        if HAS_SHADOW:
+            shadow_row = 5 if HAS_EMA else 4
+            shadow_ptr = _tensor_at(table_ptr + shadow_row * tensors, tensor, tl.bfloat16, ALIGNED) + first
+        pointers = (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, shadow_ptr)
         if HAS_RATES:  # in float64: 1 - 0.9999 in float32 would keep 3 of 7 digits
             exact_lr = tl.load(rates_ptr)
             lr = exact_lr.to(tl.float32)

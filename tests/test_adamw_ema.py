@@ -155,6 +155,43 @@ def test_one_step_with_and_without_clip_and_average(ema_decay: float | None, max
             assert_close(opt.state[p]["ema"], true[3], torch.float32, 4, name="ema")
 
 
+@needs_cpu_kernels
+def test_bf16_gradients_and_shadows_are_the_float32_step_on_the_rounded_gradient() -> None:
+    """Bit for bit: bf16 is widened exactly, and the shadow is torch's rounding of the new weight."""
+    start = make()
+    start[1][0] = float("nan")  # rounding must keep it, and its neighbours as they are
+    grads = [g.bfloat16() for g in gradients(0)]
+    states: list[list[Any]] = []
+    for low in (False, True):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        shadows = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params] if low else None
+        given = list(grads) if low else [g.float() for g in grads]
+        zeros = [[torch.zeros_like(p) for p in start] for _ in range(2)]
+        emas = [p.clone() for p in start]
+        tensors = op.AdamWEMATensors([p.data for p in params], given, *zeros, emas, torch.ones(len(start)), shadows)
+        norm = op.global_norm(given)
+        op.adamw_ema_step(tensors, norm, reference.AdamWEMASettings(1e-2, 0.9, 0.999, 1e-8, 0.1, 0.9, 1.0))
+        states.append([norm, *tensors.params, *tensors.exp_avgs, *tensors.exp_avg_sqs, *emas])
+        if shadows is not None:
+            assert all(torch.equal(s.nan_to_num(7), p.bfloat16().nan_to_num(7)) for s, p in zip(shadows, tensors.params))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*states, strict=True))
+    mixed = [g.float() if i % 2 else g for i, g in enumerate(grads)]
+    assert torch.equal(op.global_norm(mixed), states[0][0])
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_rates_on_the_device_are_the_same_step(implementation: str) -> None:
+    """What a captured step reads: 0-d tensors in place of the numbers, float64 so that 1 - ema_decay stays exact."""
+    start, runs = make(FEW), []
+    for as_tensor in (False, True):
+        made = {"lr": 3e-3, "ema_decay": 0.9999}
+        if as_tensor:
+            made = {name: torch.tensor(value, dtype=torch.float64) for name, value in made.items()}  # type: ignore[misc]
+        settings = {**SETTINGS, **made, "implementation": implementation}
+        runs.append(trajectory_of_optimizer(lambda p, settings=settings: AdamWEMA(p, **settings), start, 9))
+    assert all(torch.equal(a, b) for kind in zip(*runs, strict=True) for a, b in zip(*kind, strict=True))
+
+
 def test_eager_on_a_gpu_takes_its_flag_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the update is torch's fused AdamW with `found_inf`, and the averages' weight a tensor: driven here."""
     start, steps = make(FEW), 8  # the seventh has a gradient that is not a number
@@ -199,10 +236,13 @@ def test_equal_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def arguments(sizes: tuple[int, ...] = (5, 6)) -> list[Any]:
+def arguments(sizes: tuple[int, ...] = (5, 6), has_shadows: bool = False) -> list[Any]:
     lists = [make(sizes) for _ in range(5)]
     lists[3] = [s.square() for s in lists[3]]
-    return [*lists, torch.ones(len(sizes)), torch.tensor(2.0), 1e-2, 0.9, 0.999, 1e-8, 0.1, 0.9, 1.0]
+    shadows = [p.bfloat16() for p in lists[0]] if has_shadows else []
+    rates = torch.empty(0, dtype=torch.float64)
+    numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1, 0.9, 1.0)
+    return [*lists, shadows, torch.ones(len(sizes)), torch.tensor(2.0), rates, *numbers]
 
 
 @needs_cpu_kernels
@@ -213,9 +253,10 @@ def test_ops_pass_opcheck_and_compile() -> None:
     without_average = arguments()
     without_average[4] = []
     torch.library.opcheck(ops.adamw_ema_step, tuple(without_average))
+    torch.library.opcheck(ops.adamw_ema_step, tuple(arguments(has_shadows=True)))
 
     def step(args: list[Any]) -> None:
-        ops.adamw_ema_step(*args[:6], ops.adamw_ema_norm(args[1]), *args[7:])
+        ops.adamw_ema_step(*args[:7], ops.adamw_ema_norm(args[1]), *args[8:])
 
     plain, compiled = arguments(), arguments()
     for a, b in zip(plain[:5], compiled[:5], strict=True):
@@ -237,8 +278,12 @@ def test_ops_pass_opcheck_and_compile() -> None:
         (2, [torch.zeros(5), torch.zeros(12)[::2]], r"exp_avgs must be of its parameter's shape and strides, got"),
         (3, [torch.zeros(5), torch.zeros(6).bfloat16()], "exp_avg_sqs must be float32, got torch.bfloat16"),
         (4, [torch.zeros(5)] * 3, "emas must be 2 tensors, as many as params, got 3"),
-        (5, torch.zeros(3), r"steps must be \(2,\), got \(3,\)"),
-        (6, torch.zeros(2), r"norm must be one float32, got \(2,\)"),
+        (1, [torch.zeros(5).double()] * 2, "grads must be float32 or bfloat16, got torch.float64"),
+        (5, [torch.zeros(5).bfloat16()], "shadows must be 2 tensors, as many as params, got 1"),
+        (5, [torch.zeros(5), torch.zeros(6)], "shadows must be bfloat16, got torch.float32"),
+        (6, torch.zeros(3), r"steps must be \(2,\), got \(3,\)"),
+        (7, torch.zeros(2), r"norm must be one float32, got \(2,\)"),
+        (8, torch.zeros(2), r"rates must be two float64, lr and ema_decay, got torch.float32 \(2,\)"),
     ],
 )
 def test_the_kernels_refuse_what_they_cannot_walk(index: int, value: Any, message: str) -> None:

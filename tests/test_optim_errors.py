@@ -23,7 +23,9 @@ def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
     ("settings", "message"),
     [
         ({"lr": -1.0}, "lr must be a finite float, 0 or more, got -1.0"),
-        ({"lr": torch.tensor(0.1)}, "lr must be a finite float, 0 or more"),
+        ({"lr": torch.tensor([0.1])}, r"lr must be a float, or a 0-d floating tensor, got torch.float32 \(1,\)"),
+        ({"ema_decay": torch.tensor(1)}, r"ema_decay must be a float, or a 0-d floating tensor, got torch.int64 \(\)"),
+        ({"lr": "fast"}, "lr must be a float, or a 0-d floating tensor, got str"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"eps": -1e-8}, "eps must be a finite number, 0 or more, got -1e-08"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number, 0 or more, got nan"),
@@ -59,9 +61,9 @@ def test_parameters_it_cannot_take_are_refused() -> None:
     with pytest.raises(InputError, match="lr must be"):
         opt.add_param_group({"params": [parameter()], "lr": -1.0})
     assert len(opt.param_groups) == 1
-    opt.param_groups[0]["lr"] = torch.tensor(0.1)
+    opt.param_groups[0]["lr"] = "fast"
     opt.param_groups[0]["params"][0].grad = torch.ones(4)
-    with pytest.raises(InputError, match="lr must be a float, got Tensor"):
+    with pytest.raises(InputError, match="lr must be a float, or a 0-d floating tensor, got str"):
         opt.step()
 
 

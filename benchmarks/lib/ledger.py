@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sra2_fast import backends
 from sra2_fast.layers import plain
+from sra2_fast.optim import shadow_weights
 
 from . import step_parts
 from .step_parts import CASTS, FROZEN_PRODUCTS
@@ -59,6 +60,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.operators: list[Operator] = []
         self._marks = marks
+        self._optimizer, self._shadows = step.optimizer, None
         self._products: dict[StorageWeakRef, str] = {}  # of weights and their copies; weak, as autograd counts owners
         self._sources: dict[int, Source] = {}
         for name, param in step.sit.named_parameters():
@@ -69,6 +71,12 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about a tensor, not an operator that could have a gradient
+            return func(*args, **kwargs)
+        if getattr(self._optimizer, "shadows", None) is not self._shadows:  # made by the first step
+            self._shadows = self._optimizer.shadows
+            for param, shadow in self._shadows.items():
+                self._products[_storage(shadow)] = self._products[_storage(param)]
         tensors = [t for value in (*args, *kwargs.values()) for t in step_parts.tensors_in(value)]
         part = self._part(func, args, kwargs, tensors)
         if step_parts.costs_nothing(func):
@@ -145,8 +153,9 @@ def as_on_cuda() -> Iterator[None]:
             module = sys.modules.get(f"sra2_fast.ops.{op}")
             if module is not None and hasattr(module, "_FUSED_ON"):
                 patches.enter_context(mock.patch.object(module, "_FUSED_ON", frozenset(("cpu",))))
-        # `is_readable` asks for plain tensors; a fake one stands for such a one.
+        # These ask for plain tensors; a fake one stands for such a one.
         patches.enter_context(mock.patch.object(plain, "Tensor", FakeTensor))
+        patches.enter_context(mock.patch.object(shadow_weights, "_PLAIN", (FakeTensor,)))
         # The one initialisation that looks at what it drew; REPA's encoder has it.
         patches.enter_context(mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
         yield

@@ -244,6 +244,8 @@ class StepRow:
         tensors = [*self._module_tensors(), *(tensor for batch in self.batches for tensor in batch)]
         for state in self.optimizer.state.values():
             tensors += state.values()
+        shadows = getattr(self.optimizer, "shadows", None)
+        tensors += [] if shadows is None else [leaf for _, leaf in shadows.items()]
         storages = {}
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
@@ -266,9 +268,10 @@ class StepRow:
         if (setting.implementation, setting.precision, setting.is_compiled) == ("eager", "fp32", False):
             return
         want_loss, want_norm = self.reference()
-        got = self.step.losses(self.step.network, self.batches[0], 0).total
-        got.backward()
-        norm = grad_norm(self.sit)
+        with self.step.weights():
+            got = self.step.losses(self.step.network, self.batches[0], 0).total
+            got.backward()
+        norm = grad_norm(self.sit, getattr(self.optimizer, "grad_of", None))
         self.optimizer.zero_grad(set_to_none=True)
         limit = self.allowed_error()
         for what, value, want in (("loss", float(got.detach()), want_loss), ("gradient norm", norm, want_norm)):
@@ -351,7 +354,8 @@ def fill_zeros(model: nn.Module) -> None:
                 param.normal_(std=0.02)
 
 
-def grad_norm(model: nn.Module) -> float:
-    """The norm of all gradients, summed in float64."""
-    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+def grad_norm(model: nn.Module, grad_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None) -> float:
+    """The norm of all gradients, summed in float64; grad_of: where a parameter's gradient stands, if not in `grad`."""
+    grads = [p.grad if grad_of is None else grad_of(p) for p in model.parameters()]
+    squares = [grad.double().square().sum() for grad in grads if grad is not None]
     return float(torch.stack(squares).sum().sqrt())

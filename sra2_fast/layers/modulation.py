@@ -1,8 +1,10 @@
 """The modulations of all blocks at once: one product instead of one for each block, forward and backward.
 
 Every adaLN head reads the same c. Under autocast their weights are copied to its type anyway: here into one matrix, so
-that SiLU(c), the product, its two gradients and the sums for the biases are one operator each, not depth + 1. Without
-autocast nothing is copied: SiLU(c) is shared and each head multiplies by itself. State-dict keys stay per block.
+that SiLU(c), the product, its two gradients and the sums for the biases are one operator each, not depth + 1. Weights
+that lie one after another in that type already, as a training step's shadows do (optim/shadow_weights.py), are that
+matrix. Without autocast nothing is copied: SiLU(c) is shared and each head multiplies by itself. State-dict keys stay
+per block.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ def adaln_head(hidden_size: int, modulations: int) -> nn.Sequential:
     return watched(nn.Sequential(watched(nn.SiLU()), watched(nn.Linear(hidden_size, modulations * hidden_size))))
 
 
+def adaln_biases(heads: Sequence[nn.Module]) -> list[Tensor]:
+    """The biases of the heads that are computed together: their gradients are float32 sums."""
+    return [head[1].bias for head in heads if _is_readable_head(head)]  # type: ignore[index]
+
+
 def modulate_all(heads: Sequence[nn.Module | None], c: Tensor) -> list[Tensor | None]:
     """SiLU(c) W_i^T + b_i of every head; None for one that has to be called itself (layers/plain.py).
 
@@ -37,7 +44,8 @@ def modulate_all(heads: Sequence[nn.Module | None], c: Tensor) -> list[Tensor | 
     linears: list[Any] = [heads[i][1] for i in places]  # type: ignore[index]
     weights, biases = [one.weight for one in linears], [one.bias for one in linears]
     c, dtype = F.silu(c), autocast_dtype(c.device.type)
-    if dtype is None or dtype == weights[0].dtype or len(places) == 1:
+    is_one = dtype is not None and (dtype != weights[0].dtype or _is_one_matrix(weights))
+    if not is_one or len(places) == 1:
         products = tuple(F.linear(c, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     elif records_gradient("SiT", c, *weights, *biases):
         products = _OneProduct.apply(c, dtype, *weights, *biases)
@@ -54,12 +62,34 @@ def _is_readable_head(head: nn.Module | None) -> bool:
     return is_plain(head[0], nn.SiLU) and is_readable(head[1], nn.Linear)  # type: ignore[index]
 
 
+def _is_one_matrix(weights: Sequence[Tensor]) -> bool:
+    """Whether the rows of all weights lie one after another in one memory. Compiled code does not look."""
+    if torch.compiler.is_compiling():
+        return False
+    first = weights[0]
+    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
+    for weight in weights:
+        if not weight.is_contiguous() or weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset:
+            return False
+        offset += weight.numel()
+    return True
+
+
+def _matrix(weights: Sequence[Tensor], rows: list[int], dtype: torch.dtype) -> Tensor:
+    """All weights as one matrix (sum of M_i, D) of this type, without a copy where they are one."""
+    columns = weights[0].shape[1]
+    if weights[0].dtype == dtype and _is_one_matrix(weights):
+        return weights[0].detach().as_strided((sum(rows), columns), (columns, 1))
+    matrix = weights[0].new_empty((sum(rows), columns), dtype=dtype)
+    torch._foreach_copy_(list(matrix.split(rows)), list(weights))  # one launch, each weight read once
+    return matrix
+
+
 def _one_product(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """(the heads' products, all weights as one matrix (sum of M_i, D)), in c's type."""
     rows = [len(weight) for weight in weights]
     with torch.autocast(c.device.type, enabled=False):
-        matrix = c.new_empty((sum(rows), c.shape[1]))
-        torch._foreach_copy_(list(matrix.split(rows)), list(weights))  # one launch, each weight read once
+        matrix = _matrix(weights, rows, c.dtype)
         product = torch.addmm(torch.cat(list(biases)).to(c.dtype), c, matrix.t())
     return product.split(rows, dim=1), matrix
 

@@ -19,7 +19,7 @@ from ..errors import InputError, must_be
 from ..layers import checks
 from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
 from ..layers.conditioning import Conditioning, LabelEmbedder, TimestepEmbedder
-from ..layers.modulation import modulate_all
+from ..layers.modulation import adaln_biases, modulate_all
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
 from ..layers.plain import is_plain, watched
 from ..layers.projector import build_projector, readable_last
@@ -146,6 +146,13 @@ class SiT(nn.Module):
     def alignment_head(self) -> nn.Module | None:
         """What the tokens of block `align_depth` go through before they are compared; None in a plain SiT."""
         return self.projector
+
+    def float32_gradients(self) -> list[Tensor]:
+        """Parameters whose gradient is a float32 sum also under autocast, where others' is a bf16 product or sum."""
+        last = self.readable_last_projection()
+        layers: list[Any] = [*self.blocks, self.final_layer]
+        heads = [layer.adaLN_modulation for layer in layers if hasattr(layer, "adaLN_modulation")]
+        return [*adaln_biases(heads), *(last.parameters() if last is not None else ())]
 
     def readable_last_projection(self) -> nn.Linear | None:
         """The head's last Linear where its weights may be read instead of calling the head, None where not."""

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..models import LossOutput
-from .sra2_loss import SRA2Loss
+from .sra2_loss import SRA2Loss, unwrapped
 
-__all__ = ["LossOutput", "SRA2Loss"]
+__all__ = ["LossOutput", "SRA2Loss", "unwrapped"]

@@ -151,7 +151,7 @@ class SRA2Loss:
         """
         given = {"t": t, "noise": noise, "label_drop": label_drop, "teacher_gap": teacher_gap}
         self._check(latents, {"labels": labels, **given}, {"features": features, "teacher": teacher})
-        sit = _unwrapped(model)
+        sit = unwrapped(model)
         if latents.dtype == torch.bfloat16:
             latents, given["noise"] = latents.float(), None if noise is None else noise.float()
         if self.align is not None and sit.align_depth is None:
@@ -203,7 +203,7 @@ class SRA2Loss:
                 raise InputError(f"SRA2Loss: {name}= is only for target={name!r}, this loss has {self.target!r}")
 
 
-def _unwrapped(model: nn.Module) -> SiT:
+def unwrapped(model: nn.Module) -> SiT:
     """The SiT inside DDP (`module`), torch.compile (`_orig_mod`) and peft (`base_model`, then `model`)."""
     inner = model
     while not isinstance(inner, SiT):

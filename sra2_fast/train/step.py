@@ -2,6 +2,9 @@
 
     loss of every microbatch -> backward -> clip, AdamW, EMA -> figures kept on the device
 
+Under bf16 autocast a step of one microbatch multiplies by the bf16 weights that the optimizer left (`bf16_weights`), and
+hands it bf16 gradients: the same numbers, without a cast.
+
 It waits for nothing: figures stay on the device until `history.read()`, and a loss that is not finite is noticed there
 (see diagnosis.py). Left out: where batches come from, logging and saving (loop.py), and many processes.
 """
@@ -15,10 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
 from ..models import LossOutput
-from ..objective import SRA2Loss
+from ..objective import SRA2Loss, unwrapped
+from ..optim import AdamWEMA
 from ..recipe import UpdateSchedule
 from .diagnosis import StepHistory
 
@@ -71,7 +76,8 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group.update(settings)
         count = sum(len(batch.labels) for batch in microbatches)
-        parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
+        with self.weights(len(microbatches)):
+            parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
         total, velocity, align = (functools.reduce(torch.add, part) for part in zip(*parts, strict=True))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -79,6 +85,19 @@ class TrainStep:
         self.history.record(velocity, align, result.grad_norm)
         self.step += 1
         return result
+
+    def weights(self, microbatches: int = 1) -> contextlib.AbstractContextManager[Any]:
+        """What forward and backward of a step run under: the optimizer's bf16 weights, where they give the same numbers.
+
+        Not for several microbatches, whose gradients are summed in float32, nor for the reducer of DDP, which waits for
+        gradients of the parameters themselves.
+        """
+        optimizer = self.optimizer
+        can_shadow = isinstance(optimizer, AdamWEMA) and optimizer.can_shadow
+        is_alone = not isinstance(self.network, DistributedDataParallel)
+        if self.autocast_dtype is not torch.bfloat16 or microbatches != 1 or not can_shadow or not is_alone:
+            return contextlib.nullcontext()
+        return optimizer.bf16_weights(self.network, unwrapped(self.network).float32_gradients())
 
     def _backward(self, batch: Batch, share: float) -> tuple[Tensor, ...]:
         """Adds the gradient of this microbatch's share of the loss; returns that share of (total, velocity, align)."""

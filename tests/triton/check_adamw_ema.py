@@ -34,7 +34,7 @@ def state() -> dict[str, list[torch.Tensor]]:
 
 def apply(tensors: dict[str, list[torch.Tensor]], steps: torch.Tensor, norm: torch.Tensor, clip: float | None) -> None:
     lists = [tensors[name] for name in NAMES]
-    kernels.adamw_ema_step(*lists, steps, norm, SimpleNamespace(max_grad_norm=clip, **SETTINGS))
+    kernels.adamw_ema_step(*lists, None, steps, norm, None, SimpleNamespace(max_grad_norm=clip, **SETTINGS))
 
 
 @pytest.mark.parametrize("clip", [None, 1.0, 1e9])
@@ -89,7 +89,7 @@ def test_no_moving_average(no_emas: list[torch.Tensor] | None) -> None:
     apply(with_average, steps, norm, 1.0)
     kept = [tensor.clone() for tensor in without["emas"]]
     lists = [without[name] for name in NAMES[:4]]
-    kernels.adamw_ema_step(*lists, no_emas, steps, norm, SimpleNamespace(max_grad_norm=1.0, **SETTINGS))
+    kernels.adamw_ema_step(*lists, no_emas, None, steps, norm, None, SimpleNamespace(max_grad_norm=1.0, **SETTINGS))
     for name in NAMES[:4]:
         assert all(torch.equal(a, b) for a, b in zip(with_average[name], without[name], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, without["emas"], strict=True))
@@ -98,7 +98,42 @@ def test_no_moving_average(no_emas: list[torch.Tensor] | None) -> None:
 def test_nothing_to_do() -> None:
     norm = kernels.global_norm([torch.empty(0)])
     assert norm == 0.0
-    kernels.adamw_ema_step([], [], [], [], [], torch.empty(0), norm, SimpleNamespace(max_grad_norm=1.0, **SETTINGS))
+    settings = SimpleNamespace(max_grad_norm=1.0, **SETTINGS)
+    kernels.adamw_ema_step([], [], [], [], [], [], torch.empty(0), norm, None, settings)
+
+
+@pytest.mark.parametrize("has_average", [True, False])
+def test_bf16_gradients_and_shadows_are_the_float32_step_on_the_rounded_gradient(has_average: bool) -> None:
+    full, settings = state(), SimpleNamespace(max_grad_norm=1.0, **SETTINGS)
+    low_grads = [between_nans(grad.bfloat16()) for grad in full["grads"]]
+    full["grads"] = [grad.float() for grad in low_grads]
+    low = {name: [tensor.clone() for tensor in full[name]] for name in NAMES}
+    shadows = [between_nans(torch.zeros(shape).bfloat16()) for shape in SHAPES]
+    norm, steps = kernels.global_norm(low_grads), torch.ones(len(SHAPES))
+    assert_close(norm, reference.global_norm([g.double() for g in low_grads]), F32, 2, 20000)
+    for tensors, grads, copies in ((full, full["grads"], None), (low, low_grads, shadows)):
+        lists = [tensors["params"], grads, *(tensors[name] for name in NAMES[2:])]
+        lists[-1] = lists[-1] if has_average else []
+        kernels.adamw_ema_step(*lists, copies, steps, norm, None, settings)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "emas"):
+        assert all(torch.equal(a, b) for a, b in zip(full[name], low[name], strict=True))
+    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, low["params"], strict=True))
+    mixed = [a if i % 2 else b for i, (a, b) in enumerate(zip(full["grads"], low_grads, strict=True))]
+    assert_close(kernels.global_norm(mixed), norm.double(), F32, 4, 20000)
+
+
+def test_rates_on_the_device_are_the_same_step() -> None:
+    numbers, tensor = state(), None
+    tensor = {name: [one.clone() for one in numbers[name]] for name in NAMES}
+    norm, steps = kernels.global_norm(numbers["grads"]), torch.ones(len(SHAPES))
+    settings = {**SETTINGS, "ema_decay": 0.9999, "max_grad_norm": 1.0}
+    rates = torch.tensor([settings["lr"], settings["ema_decay"]], dtype=torch.float64)
+    absent = {**settings, "lr": 0.0, "ema_decay": 1.0}
+    for tensors, where, given in ((numbers, None, settings), (tensor, rates, absent)):
+        lists = [tensors[name] for name in NAMES]
+        kernels.adamw_ema_step(*lists, None, steps, norm, where, SimpleNamespace(**given))
+    for name in NAMES:
+        assert all(torch.equal(a, b) for a, b in zip(numbers[name], tensor[name], strict=True))
 
 
 def test_addresses_that_moved_are_looked_up_again() -> None:

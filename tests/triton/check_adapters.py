@@ -91,8 +91,8 @@ def test_alignment_velocity_loss(path: int, align: int) -> None:
 
 
 @pytest.mark.parametrize("has_ema", [True, False])
-@pytest.mark.parametrize("max_grad_norm", [1.0, float("inf")])
-def test_adamw_ema(max_grad_norm: float, has_ema: bool) -> None:
+@pytest.mark.parametrize(("max_grad_norm", "has_shadows"), [(1.0, False), (float("inf"), False), (1.0, True)])
+def test_adamw_ema(max_grad_norm: float, has_shadows: bool, has_ema: bool) -> None:
     sizes = (7, 40, 4097)
     grads = [normal(n) for n in sizes]
     norm = ADAPTERS["adamw_ema_norm"]["triton"](grads)
@@ -103,9 +103,13 @@ def test_adamw_ema(max_grad_norm: float, has_ema: bool) -> None:
     for step in (torch.ops.sra2_fast.adamw_ema_step.default, ADAPTERS["adamw_ema_step"]["triton"]):
         params, exp_avgs, exp_avg_sqs, emas = ([t.clone() for t in tensors] for tensors in start)
         settings = (1e-2, 0.9, 0.999, 1e-8, 0.1, 0.9, max_grad_norm)
-        given = (params, grads, exp_avgs, exp_avg_sqs, emas if has_ema else [], torch.ones(3), norm, *settings)
-        assert step(*given) is None
+        shadows = [p.bfloat16() for p in params] if has_shadows else []
+        given_grads = [g.bfloat16() for g in grads] if has_shadows else grads
+        rates = torch.tensor(settings[:6:5] if has_shadows else [], dtype=torch.float64)
+        lists = (params, given_grads, exp_avgs, exp_avg_sqs, emas if has_ema else [], shadows)
+        assert step(*lists, torch.ones(3), norm, rates, *settings) is None
         results.append([*params, *exp_avgs, *exp_avg_sqs, *emas])
+        assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, params, strict=has_shadows))
     for place, (want, got) in enumerate(zip(*results, strict=True)):
         assert_close(got, want.double(), F32, ROUNDINGS, name=f"adamw_ema_step[{place}]")
     assert has_ema == (not torch.equal(results[0][-1], start[3][-1]))

@@ -10,42 +10,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError, must_be, must_have_type
-from .ops import adamw_ema as op
+from ..errors import InputError, must_be
+from ..ops import adamw_ema as op
+from .checks import check_dense_gradients, check_param, check_rates, check_settings
+from .gathered import Active, dense_grad, laid_out_as
+from .shadow_weights import ShadowWeights
 
 IMPLEMENTATIONS = ("fused", "eager", "apex")
 TORCH_ONLY = ("foreach", "capturable", "differentiable", "fused")  # how torch runs AdamW, not what it computes
-
-
-@dataclass
-class _Active:
-    """The tensors of one group's parameters that have a gradient, kept from step to step while that set is the same.
-
-    Each parameter's state["step"] is a view of its entry of `tensors.steps`; the gradients are left out.
-    states: {key: tensor} of each parameter, as the optimizer's state held it when this was gathered.
-    """
-
-    key: tuple[object, ...]
-    tensors: op.AdamWEMATensors
-    states: list[dict[str, Tensor]]
-
-    def is_of(self, key: tuple[object, ...], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether the parameters are the same, and nobody cleared their state or replaced a tensor of it."""
-        if self.key != key:
-            return False
-        for param, own in zip(self.tensors.params, self.states, strict=True):
-            now = state.get(param, {})
-            if any(now.get(name) is not value for name, value in own.items()):
-                return False
-        return True
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -55,7 +35,8 @@ class AdamWEMA(torch.optim.Optimizer):
         bfloat16 and float64), all on one device.
     lr, betas, eps, weight_decay: as in torch.optim.AdamW; floats. Per group; may change between steps.
     ema_decay: weight of the old average, in [0, 1], or None for no averaging. Per group; may change between steps.
-        A CUDA graph of a step replays with the numbers it was captured with.
+        lr and ema_decay may also be 0-d tensors on the device (float64 keeps 1 - ema_decay exact): a CUDA graph of a
+        step replays with what they hold then, and with the numbers it was captured with for all else.
     max_grad_norm: clip the norm over the gradients of all groups to this, or None.
     implementation: "fused" (the kernels; None means this), "eager" (PyTorch's own operators) or "apex" (the kernel of
         NVIDIA apex's FusedAdam, CUDA only; clip and average are PyTorch's).
@@ -90,7 +71,8 @@ class AdamWEMA(torch.optim.Optimizer):
             raise must_be("AdamWEMA", "max_grad_norm", "a number above 0, or None", max_grad_norm)
         self.implementation = implementation or "fused"
         self.max_grad_norm = max_grad_norm
-        self._active: dict[int, _Active] = {}
+        self._active: dict[tuple[int, bool], Active] = {}
+        self._shadows: ShadowWeights | None = None
         self._is_swapped = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, defaults)
@@ -102,30 +84,13 @@ class AdamWEMA(torch.optim.Optimizer):
         """As every optimizer's; the group is checked, and not added if it is wrong."""
         super().add_param_group(param_group)
         try:
-            _check_settings(self.param_groups[-1])
+            check_settings(self.param_groups[-1])
             device = next((p.device for group in self.param_groups for p in group["params"]), None)
             for name, param in self._named(self.param_groups[-1]):
-                self._check_param(name, param, device)
+                check_param(name, param, device, self.implementation)
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _check_param(self, name: str, param: Tensor, device: torch.device | None) -> None:
-        if hasattr(param, "to_local"):
-            expected = "a plain tensor (what FSDP2 shards is for torch.optim.AdamW)"
-            raise must_have_type("AdamWEMA", f"parameter {name}", expected, type(param).__name__)
-        is_eager = self.implementation == "eager"
-        if param.dtype not in ((torch.float32, torch.bfloat16, torch.float64) if is_eager else (torch.float32,)):
-            expected = "float32, bfloat16 or float64"
-            if not is_eager:
-                expected = 'float32 (implementation="eager" also takes bfloat16 and float64)'
-            raise must_have_type("AdamWEMA", f"parameter {name}", expected, param.dtype)
-        if self.implementation == "apex" and param.device.type != "cuda":
-            raise must_be("AdamWEMA", f"parameter {name}", 'on cuda for implementation="apex"', param.device)
-        if param.device != device:
-            raise must_be("AdamWEMA", f"parameter {name}", f"on {device} as the first one", param.device)
-        if torch.empty_like(param, device="meta").stride() != param.stride():
-            raise must_be("AdamWEMA", f"parameter {name}", "dense in memory", f"strides {param.stride()}")
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """The group's parameters with their names, or their index over all groups where none were given."""
@@ -153,29 +118,85 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         if self._is_swapped:
             raise InputError("AdamWEMA: step() must be called outside swap_ema, got a call inside")
-        self._refuse_sparse()
+        for group in self.param_groups:
+            check_dense_gradients(group, self._named)
         active = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
-        with_grad = [p for a in active for p in a.tensors.params]
-        if not with_grad:
+        leaves = [leaf for pair in active for a in pair for leaf in a.tensors.shadows or a.tensors.params]
+        if not leaves:
             return loss
-        norm, is_finite = self._norm(with_grad)
-        if not any(group["lr"] for group in self.param_groups):
+        norm, is_finite = self._norm(leaves)
+        if not any(isinstance(group["lr"], Tensor) or group["lr"] for group in self.param_groups):
             # torch.distributed.checkpoint makes the state of a fresh optimizer by a step of rate 0 on zero gradients.
             is_finite &= norm > 0
             norm = torch.where(is_finite, norm, math.inf)
-        for group, a in zip(self.param_groups, active, strict=True):
-            if a.tensors.params:
-                self._update(group, a.tensors, norm, is_finite)
+        for group, pair in zip(self.param_groups, active, strict=True):
+            for a in pair:
+                if a.tensors.params:
+                    self._update(group, a.tensors, norm, is_finite)
             self._average_the_rest(group, is_finite)
         return loss
 
-    def _norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def bf16_weights(self, network: torch.nn.Module, keep: Iterable[Tensor] = ()) -> Iterator[ShadowWeights]:
+        """Within the block `network`'s Linears hold bf16 copies of their weights, made by the last `step`.
+
+            with opt.bf16_weights(model), torch.autocast("cuda", torch.bfloat16):
+                loss_fn(model, latents, labels).total.backward()
+            opt.step()
+
+        The same numbers as autocast alone, without casting a weight or a weight's gradient (shadow_weights.py). One
+        backward a step, in one process; gradients are not in `p.grad` but in `grad_of(p)`.
+        keep: parameters that stay float32.
+        Raises InputError: the implementation is not the fused one, or has no kernel on the device; a second backward.
+        """
+        if not self.can_shadow:
+            raise InputError("AdamWEMA: bf16_weights needs the fused kernels (sra2-fast info); use autocast alone")
+        if self._shadows is None or self._shadows.network is not network:
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._shadows = ShadowWeights(network, params, keep)
+        with self._shadows.in_place():
+            yield self._shadows
+
+    @property
+    def can_shadow(self) -> bool:
+        """Whether `bf16_weights` works: the kernels write shadows."""
+        return self._is_fused(self.param_groups[0]["params"][0])
+
+    @property
+    def shadows(self) -> ShadowWeights | None:
+        """The bf16 weights, once `bf16_weights` has made them."""
+        return self._shadows
+
+    def grad_of(self, param: Tensor) -> Tensor | None:
+        """The gradient that the next `step` takes for this parameter: its own, or its shadow's in bf16."""
+        leaf = self._leaf_of(param)
+        return param.grad if leaf is None else leaf.grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every optimizer's, the shadows' gradients too."""
+        super().zero_grad(set_to_none)
+        if self._shadows is not None:
+            for _, leaf in self._shadows.items():
+                leaf.grad = None
+
+    def _leaf_of(self, param: Tensor) -> Tensor | None:
+        """The shadow of a parameter whose gradient stands there; where both have one it becomes the parameter's."""
+        leaf = None if self._shadows is None else self._shadows.leaf_of(param)
+        if leaf is None or leaf.grad is None:
+            return None
+        if param.grad is None:
+            return leaf
+        param.grad += leaf.grad
+        leaf.grad = None
+        return None
+
+    def _norm(self, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The global norm and whether it is finite, both 0-d and noted for the user; eager also clips here."""
-        if self._is_fused(params[0]):
-            norm = op.global_norm([_dense_grad(p) for p in params])
+        if self._is_fused(leaves[0]):
+            norm = op.global_norm([dense_grad(leaf) for leaf in leaves])
         else:
             is_eager = self.implementation != "apex"  # apex's kernel clips
-            norm = op.eager_norm_and_clip(params, self.max_grad_norm if is_eager else None)
+            norm = op.eager_norm_and_clip(leaves, self.max_grad_norm if is_eager else None)
         is_finite = torch.isfinite(norm)
         self.grad_norm = norm
         self.skipped_steps = self.skipped_steps.to(norm.device, non_blocking=True)
@@ -186,34 +207,38 @@ class AdamWEMA(torch.optim.Optimizer):
         return self.implementation == "fused" and op.is_fused(param.device)
 
     def _update(self, group: dict[str, Any], tensors: op.AdamWEMATensors, norm: Tensor, is_finite: Tensor) -> None:
-        tensors = replace(tensors, grads=[_dense_grad(p) for p in tensors.params])  # a copy: kept, they would live on
+        leaves = tensors.shadows or tensors.params
+        tensors = replace(tensors, grads=[dense_grad(leaf) for leaf in leaves])  # a copy: kept, they would live on
         beta1, beta2 = group["betas"]
         named = {name: group[name] for name in ("lr", "eps", "weight_decay", "ema_decay")}
         settings = op.AdamWEMASettings(beta1=beta1, beta2=beta2, max_grad_norm=self.max_grad_norm, **named)
         if self._is_fused(tensors.params[0]):
             tensors.steps += is_finite
             op.adamw_ema_step(tensors, norm, settings)
+            if tensors.shadows is not None and self._shadows is not None:
+                self._shadows.note_written(tensors.params)
         elif self.implementation == "apex":
             tensors.steps += is_finite
             op.apex(tensors, norm, is_finite, settings)
         else:
             op.eager(tensors, is_finite, settings)
 
-    def _refuse_sparse(self) -> None:
-        for group in self.param_groups:
-            if all(p.grad is None or p.grad.layout is torch.strided for p in group["params"]):
-                continue
-            name = next(n for n, p in self._named(group) if p.grad is not None and p.grad.layout is not torch.strided)
-            raise must_be("AdamWEMA", f"the gradient of {name}", "dense (embeddings: sparse=False)", "a sparse one")
+    def _gather(self, index: int, group: dict[str, Any]) -> tuple[Active, Active]:
+        """The group's tensors for this step: with their own gradients, and with those of their shadows."""
+        check_rates(group)
+        leaves = {p: self._leaf_of(p) for p in group["params"]} if self._shadows is not None else {}
+        own = [p for p in group["params"] if p.grad is not None]
+        shadowed = [p for p, leaf in leaves.items() if leaf is not None]
+        shadows = [leaf for leaf in leaves.values() if leaf is not None]
+        return self._kept((index, False), group, own, None), self._kept((index, True), group, shadowed, shadows)
 
-    def _gather(self, index: int, group: dict[str, Any]) -> _Active:
-        """The group's tensors for this step; state is made for a parameter that is updated for the first time."""
-        params = [p for p in group["params"] if p.grad is not None]
-        if not isinstance(group["lr"], float | int):
-            raise must_be("AdamWEMA", "lr", "a float", type(group["lr"]).__name__)
+    def _kept(
+        self, place: tuple[int, bool], group: dict[str, Any], params: list[Tensor], shadows: list[Tensor] | None
+    ) -> Active:
+        """The tensors of these parameters; state is made for one that is updated for the first time."""
         has_ema = group["ema_decay"] is not None
-        key = (has_ema, *map(id, params))
-        kept = self._active.get(index)
+        key = (has_ema, *map(id, params), *map(id, shadows or ()))
+        kept = self._active.get(place)
         if kept is not None and kept.is_of(key, self.state):
             return kept
         states = [self._state_of(p, has_ema) for p in params]
@@ -221,7 +246,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for i, state in enumerate(states):
             steps[i] = state["step"]
             state["step"] = steps[i]
-        self._active[index] = _Active(
+        self._active[place] = Active(
             key=key,
             tensors=op.AdamWEMATensors(
                 params=params,
@@ -229,19 +254,20 @@ class AdamWEMA(torch.optim.Optimizer):
                 exp_avgs=[s["exp_avg"] for s in states],
                 exp_avg_sqs=[s["exp_avg_sq"] for s in states],
                 emas=[s["ema"] for s in states] if has_ema else None,
+                shadows=shadows,
                 steps=steps,
             ),
             states=[dict(state) for state in states],
         )
-        return self._active[index]
+        return self._active[place]
 
     def _state_of(self, param: Tensor, has_ema: bool) -> dict[str, Tensor]:
         """The state of one parameter, complete: what is missing is made, and all lies in memory as it does."""
         state = self.state[param]
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = _laid_out_as(param, state[name]) if name in state else torch.zeros_like(param)
+            state[name] = laid_out_as(param, state[name]) if name in state else torch.zeros_like(param)
         if has_ema:
-            state["ema"] = _laid_out_as(param, state["ema"]) if "ema" in state else param.detach().clone()
+            state["ema"] = laid_out_as(param, state["ema"]) if "ema" in state else param.detach().clone()
         state["step"] = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=param.device)
         return state
 
@@ -249,7 +275,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """Move the averages of parameters that have one but no gradient in this step."""
         if group["ema_decay"] is None:
             return
-        idle = [p for p in group["params"] if p.grad is None and "ema" in self.state.get(p, ())]
+        idle = [p for p in group["params"] if self.grad_of(p) is None and "ema" in self.state.get(p, ())]
         op.eager_ema([self.state[p]["ema"] for p in idle], idle, group["ema_decay"], is_finite)
 
     def ema_state_dict(self) -> dict[str, Tensor]:
@@ -361,33 +387,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("implementation", "max_grad_norm", "grad_norm", "skipped_steps", "_is_swapped")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_active": {}}
-
-
-def _check_settings(group: dict[str, Any]) -> None:
-    lr, betas, decay = group["lr"], group["betas"], group["ema_decay"]
-    if not isinstance(lr, float | int) or not 0 <= lr < math.inf:
-        raise must_be("AdamWEMA", "lr", "a finite float, 0 or more", lr)
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise must_be("AdamWEMA", "betas", "two numbers in [0, 1)", betas)
-    for name in ("eps", "weight_decay"):
-        if not 0 <= group[name] < math.inf:
-            raise must_be("AdamWEMA", name, "a finite number, 0 or more", group[name])
-    if decay is not None and not 0 <= decay <= 1:
-        raise must_be("AdamWEMA", "ema_decay", "in [0, 1], or None", decay)
-
-
-def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:
-    """`value`, or a copy with the strides of `param` where it has others: kernels see flat memory."""
-    return value if value.stride() == param.stride() else torch.empty_like(param).copy_(value)
-
-
-def _dense_grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.stride() == param.stride() and grad.dtype == param.dtype:
-        return grad
-    return torch.empty_like(param).copy_(grad)
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_active": {}, "_shadows": None}
 
 
 def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
