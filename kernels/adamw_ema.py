@@ -250,9 +250,9 @@ def adamw_ema_step(
     params, exp_avgs, exp_avg_sqs, emas: float32 tensors, dense, the same shapes and strides across the lists; grads:
     likewise, all float32 or all bfloat16; shadows: likewise, bfloat16, written with the new params. emas, shadows None
     or empty: there are none. steps: (len(params),) float32 on the device, this step counted.
-    norm: 0-d float32 on the device. rates: (2,) float64 on the device, lr and ema_decay in place of the settings'; None:
-    the settings'. settings: `sra2_fast.reference.adamw_ema.AdamWEMASettings`, or any object with lr, beta1, beta2, eps,
-    weight_decay, ema_decay (None: no average) and max_grad_norm (None: no clipping).
+    norm: 0-d float32 on the device. rates: (2,) float64 on the device, lr and ema_decay in place of the settings'
+    numbers, or None. settings: `sra2_fast.reference.adamw_ema.AdamWEMASettings`, or any object with lr, beta1, beta2,
+    eps, weight_decay, ema_decay (None: no average) and max_grad_norm (None: no clipping).
     """
     if not params:
         return

@@ -173,7 +173,8 @@ def test_bf16_gradients_and_shadows_are_the_float32_step_on_the_rounded_gradient
         op.adamw_ema_step(tensors, norm, reference.AdamWEMASettings(1e-2, 0.9, 0.999, 1e-8, 0.1, 0.9, 1.0))
         states.append([norm, *tensors.params, *tensors.exp_avgs, *tensors.exp_avg_sqs, *emas])
         if shadows is not None:
-            assert all(torch.equal(s.nan_to_num(7), p.bfloat16().nan_to_num(7)) for s, p in zip(shadows, tensors.params))
+            for shadow, param in zip(shadows, tensors.params, strict=True):
+                assert torch.equal(shadow.nan_to_num(7), param.bfloat16().nan_to_num(7))
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*states, strict=True))
     mixed = [g.float() if i % 2 else g for i, g in enumerate(grads)]
     assert torch.equal(op.global_norm(mixed), states[0][0])

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sra2_fast import SRA2Loss
 from sra2_fast.errors import InputError
+from sra2_fast.models import compile_blocks
 from sra2_fast.ops import adamw_ema as op
 from sra2_fast.optim import AdamWEMA
-from sra2_fast.train import build
 from sra2_fast.train.step import TrainStep
 
 pytestmark = [
@@ -68,7 +68,7 @@ def test_steps_are_bitwise_those_of_autocast(changes: dict[str, Any]) -> None:
 def test_a_compiled_step_is_bitwise_the_compiled_step_of_autocast() -> None:
     steps = [make_step(autocast_dtype=BF16), without_shadows(make_step(autocast_dtype=BF16))]
     for step in steps:
-        build.compile_blocks(step.network)  # type: ignore[arg-type]
+        compile_blocks(step.network)  # type: ignore[arg-type]
         for seed in range(2):
             step([make_batch(seed=seed)])
     assert_same(*steps)
@@ -93,7 +93,9 @@ class Casts(TorchDispatchMode):
 def test_no_weight_and_no_gradient_of_one_is_cast() -> None:
     step = make_step(autocast_dtype=BF16)
     step([make_batch()])
-    shapes = {leaf.shape for _, leaf in step.optimizer.shadows.items() if leaf.dim() == 2}  # a bias may look like another
+    shapes = {
+        leaf.shape for _, leaf in step.optimizer.shadows.items() if leaf.dim() == 2
+    }  # a bias may look like another
     assert len(step.optimizer.shadows.items()) > 20
     with Casts() as casts:
         step([make_batch()])
@@ -229,9 +231,9 @@ def test_own_loop_with_bf16_weights() -> None:
             other(x).float().square().mean().backward()
         grad = opts[0].grad_of(net[0].weight)
         assert grad is not None and grad.dtype is BF16 and torch.equal(grad.float(), other[0].weight.grad)
-        with pytest.raises(InputError, match="AdamWEMA: bf16_weights is for one backward a step"):
-            with opts[0].bf16_weights(net):
-                pass
+        one_backward = pytest.raises(InputError, match="AdamWEMA: bf16_weights is for one backward a step")
+        with one_backward, opts[0].bf16_weights(net):
+            pass
         for opt in opts:
             opt.step()
             opt.zero_grad()
@@ -255,9 +257,8 @@ def test_both_kinds_of_gradient_add_up_in_float32() -> None:
 def test_it_is_the_fused_kernels_that_write_them() -> None:
     net = nn.Linear(8, 4)
     opt = AdamWEMA(net.named_parameters(), implementation="eager")
-    with pytest.raises(InputError, match="AdamWEMA: bf16_weights needs the fused kernels"):
-        with opt.bf16_weights(net):
-            pass
+    with pytest.raises(InputError, match="AdamWEMA: bf16_weights needs the fused kernels"), opt.bf16_weights(net):
+        pass
     step = make_step(autocast_dtype=BF16)
     step.optimizer = AdamWEMA(step.network.named_parameters(), implementation="eager")
     step([make_batch()])

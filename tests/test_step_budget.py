@@ -114,8 +114,8 @@ def test_the_rest_belongs_where_it_is_called() -> None:
     assert names["attention forward"] == {"_scaled_dot_product_flash_attention_for_cpu": DEPTH}
     assert names["attention backward"] == {"_scaled_dot_product_flash_attention_for_cpu_backward": DEPTH}
     assert names["stacking dq, dk, dv"] == {"stack": DEPTH}
-    assert names["dtype casts"]["_foreach_copy_"] == 1  # the adaLN weights, all at once
-    assert set(names["dtype casts"]) == {"_to_copy", "_foreach_copy_"}
+    # No weight is cast: c, the time's features and its gradient, the tokens and their gradients, K3's small weights.
+    assert names["dtype casts"]["_to_copy"] <= 12 and set(names["dtype casts"]) == {"_to_copy"}
     # Biases: four a block, the final layer's, of patches and time, of the head but for its last, which is K3's.
     assert names["bias-gradient sums"] == {"sum": 4 * DEPTH + 1 + 3 + 4}
     loss = names["loss and head"]
@@ -124,7 +124,8 @@ def test_the_rest_belongs_where_it_is_called() -> None:
     silus = names["conditioning and embeddings"]
     assert silus["silu"] == silus["silu_backward"] == 2  # of the time, and of the conditioning once for all blocks
     optimizer = names["optimizer and EMA"]
-    assert optimizer["adamw_ema_norm"] == optimizer["adamw_ema_step"] == 1
+    assert optimizer["adamw_ema_norm"] == 1
+    assert optimizer["adamw_ema_step"] == 2  # of bf16 gradients with their shadows, and of float32 ones
     assert not {"convolution", "clone"} & set(norms) and "convolution" not in names["embedder products"]
 
 

@@ -69,7 +69,8 @@ def _is_one_matrix(weights: Sequence[Tensor]) -> bool:
     first = weights[0]
     storage, offset = first.untyped_storage()._cdata, first.storage_offset()
     for weight in weights:
-        if not weight.is_contiguous() or weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset:
+        place = weight.untyped_storage()._cdata, weight.storage_offset()
+        if place != (storage, offset) or not weight.is_contiguous():
             return False
         offset += weight.numel()
     return True

@@ -72,20 +72,22 @@ def adamw_ema_step(tensors: AdamWEMATensors, norm: Tensor, settings: AdamWEMASet
     decay = 1.0 if settings.ema_decay is None else settings.ema_decay
     clip = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     lists = (t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.emas or [], t.shadows or [])
-    rates, numbers = _rates(settings._replace(ema_decay=decay, max_grad_norm=clip), norm)
+    numbers = settings._replace(ema_decay=decay, max_grad_norm=clip)
+    rates = _on_device((settings.lr, decay), norm)
+    if rates.numel():
+        numbers = numbers._replace(lr=0.0, ema_decay=1.0)
     _step(*lists, t.steps, norm, rates, *numbers)
     # The kernels write past autograd: without this it would not notice that a saved weight has changed since.
     for written in (t.params, t.exp_avgs, t.exp_avg_sqs, t.emas or [], t.shadows or []):
         torch.autograd.graph.increment_version(written)
 
 
-def _rates(settings: AdamWEMASettings, like: Tensor) -> tuple[Tensor, AdamWEMASettings]:
-    """((2,) float64 of lr and ema_decay, the settings without them) where one is a tensor; else empty, and as it is."""
-    pair = (settings.lr, settings.ema_decay)
-    if not any(isinstance(one, Tensor) for one in pair):
-        return like.new_empty(0, dtype=torch.float64), settings
-    made = [one.double() if isinstance(one, Tensor) else like.new_full((), one, dtype=torch.float64) for one in pair]
-    return torch.stack(made), settings._replace(lr=0.0, ema_decay=1.0)
+def _on_device(rates: tuple[float | Tensor, float | Tensor], like: Tensor) -> Tensor:
+    """(2,) float64 of lr and ema_decay where one of them is a tensor on the device; else empty."""
+    if not any(isinstance(one, Tensor) for one in rates):
+        return like.new_empty(0, dtype=torch.float64)
+    made = [one.double() if isinstance(one, Tensor) else like.new_full((), one, dtype=torch.float64) for one in rates]
+    return torch.stack(made)
 
 
 def eager_norm_and_clip(params: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
@@ -109,7 +111,7 @@ def eager(tensors: AdamWEMATensors, is_finite: Tensor, settings: AdamWEMASetting
     if on_host and not is_finite:
         return
     if on_host:
-        s = s._replace(**{name: float(getattr(s, name)) for name in ("lr", "ema_decay") if getattr(s, name) is not None})
+        s = s._replace(lr=float(s.lr), ema_decay=None if s.ema_decay is None else float(s.ema_decay))
     adamw(
         t.params,
         t.grads,
@@ -161,9 +163,7 @@ def apex(tensors: AdamWEMATensors, norm: Tensor, is_finite: Tensor, settings: Ad
         eager_ema(t.emas, t.params, s.ema_decay, is_finite)
 
 
-def eager_ema(
-    emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float | Tensor, is_finite: Tensor
-) -> None:
+def eager_ema(emas: Sequence[Tensor], params: Sequence[Tensor], ema_decay: float | Tensor, is_finite: Tensor) -> None:
     """e <- e + (1 - ema_decay) (p - e) tensor by tensor, in place; nothing where `is_finite` (0-d bool) is false."""
     if not emas:
         return  # the flag would be read for nothing

@@ -387,7 +387,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("implementation", "max_grad_norm", "grad_norm", "skipped_steps", "_is_swapped")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_active": {}, "_shadows": None}
+        kept = {name: self.__dict__[name] for name in own}
+        return {**super().__getstate__(), **kept, "_active": {}, "_shadows": None}
 
 
 def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:

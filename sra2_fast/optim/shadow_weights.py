@@ -1,9 +1,9 @@
 """bf16 copies of a network's weights, which products read, and whose gradients the optimizer takes as they are.
 
-Autocast rounds every float32 weight to bf16 in each forward and every weight gradient back to float32 in each backward:
-12 bytes a weight and two launches a tensor. A shadow is the rounded weight itself, a leaf of its own: the product's bf16
-gradient arrives at it unchanged, `AdamWEMA.step` reads that, and writes the next shadow in the pass over the float32
-master that it makes anyway. The numbers are autocast's, bit for bit.
+Autocast rounds every float32 weight to bf16 in each forward and casts every weight gradient back to float32 in each
+backward: 12 bytes a weight and two launches a tensor. A shadow is the rounded weight itself, a leaf of its own: the
+product's bf16 gradient arrives at it unchanged, `AdamWEMA.step` reads that, and writes the next shadow in the pass over
+the float32 master that it makes anyway. The numbers are autocast's, bit for bit.
 
 A shadow is copied again from its master before a forward where something other than such a step has written the master:
 loading, `swap_ema`, `.to`, assigning `.data`, any operator in place, a step on a float32 gradient. One way escapes:
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 _PLAIN = (nn.Parameter,)  # no sharded, quantised or otherwise extended tensors
+
 
 @dataclass
 class _Shadow:

@@ -2,8 +2,8 @@
 
     loss of every microbatch -> backward -> clip, AdamW, EMA -> figures kept on the device
 
-Under bf16 autocast a step of one microbatch multiplies by the bf16 weights that the optimizer left (`bf16_weights`), and
-hands it bf16 gradients: the same numbers, without a cast.
+Under bf16 autocast a step of one microbatch multiplies by the bf16 weights that the optimizer left (`bf16_weights`),
+and hands it bf16 gradients: the same numbers, without a cast.
 
 It waits for nothing: figures stay on the device until `history.read()`, and a loss that is not finite is noticed there
 (see diagnosis.py). Left out: where batches come from, logging and saving (loop.py), and many processes.
@@ -87,7 +87,7 @@ class TrainStep:
         return result
 
     def weights(self, microbatches: int = 1) -> contextlib.AbstractContextManager[Any]:
-        """What forward and backward of a step run under: the optimizer's bf16 weights, where they give the same numbers.
+        """What a step's forward and backward run under: the optimizer's bf16 weights, where the numbers are the same.
 
         Not for several microbatches, whose gradients are summed in float32, nor for the reducer of DDP, which waits for
         gradients of the parameters themselves.
