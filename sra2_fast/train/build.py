@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from importlib.util import find_spec
 
 import torch
 
@@ -39,8 +40,14 @@ def resolve(options: TrainOptions) -> TrainOptions:
     align_depth = options.align_depth or recipe.align_depth(options.model, depth, options.target)
     align_weight = recipe.ALIGN_WEIGHT.get(options.align, 0.0) if options.align_weight is None else options.align_weight
     has_linear_schedule = options.align_schedule == "linear"
+    log = options.log
+    if log in ("tensorboard", "wandb") and not find_spec(log):
+        raise InputError(f"train: --log {log}: {log} is not installed; pip install {log}, or use --log none")
+    if log == "auto":
+        log = "tensorboard" if find_spec("tensorboard") else "none"
     return dataclasses.replace(
         options,
+        log=log,
         device=device,
         precision=precision,
         implementation="fused" if options.implementation == "auto" else options.implementation,

@@ -144,8 +144,8 @@ class Trainer:
         if self.step >= options.steps:
             tqdm.write(f"{self.checkpoint} has all {options.steps} steps already; raise --steps to go on")
             return TrainResult(self.step, self.checkpoint, 0, None)
+        self.directory.open_metrics(self.step, options.log, dataclasses.asdict(options))
         self._write_config()
-        self.directory.open_metrics(self.step)
         self.model.train()
         bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
         under_way = self.step + 1  # until it is logged, saved and its samples are drawn

@@ -119,6 +119,9 @@ class TrainOptions:
     workers: int | None = _changeable(None, "data loading processes (default: 0 on a CPU, 4 on a GPU)", FROM_0)
 
     resume: str = _changeable("auto", "auto: from the newest checkpoint of --out; never; or a checkpoint or run")
+    log: Literal["auto", "tensorboard", "wandb", "none"] = _changeable(
+        "auto", "what takes the numbers besides metrics.jsonl; auto: TensorBoard where it is installed"
+    )
     log_every: int = _changeable(50, "steps between lines of metrics.jsonl", AT_LEAST_1)
     checkpoint_every: int = _changeable(10_000, "steps between checkpoints; one is always saved at the end", AT_LEAST_1)
     keep_checkpoints: int = _changeable(0, "delete all but the newest that many; 0: keep all", FROM_0)

@@ -1,8 +1,8 @@
-"""The folder of a run: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, and who may write there.
+"""The folder of a run: its config, metrics, samples and checkpoints, and who may write there.
 
 OUT/config.json                  every option, what it became, versions, the machine
 OUT/metrics.jsonl                one object a log point; a resumed run goes on where its checkpoint stood
-OUT/tensorboard/                 the same numbers as scalars, where tensorboard is installed
+OUT/tensorboard/, OUT/wandb/     the same numbers as --log has them
 OUT/samples/step-00000040.png
 OUT/checkpoints/step-00000040/   see sra2_fast/checkpoints/training.py
 """
@@ -22,6 +22,7 @@ from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
 from ..files import LOCK_FILE, FolderLock
 from .scalars import Scalars
+from .wandb_run import WandbRun
 
 
 class RunDirectory:
@@ -33,7 +34,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.metrics: IO[str] | None = None
-        self._scalars: Scalars | None = None
+        self._scalars: Scalars | WandbRun | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,8 +55,13 @@ class RunDirectory:
             temporary.write_text(json.dumps(config, indent=1) + "\n")
             temporary.rename(self.path / "config.json")
 
-    def open_metrics(self, last_step: int) -> None:
-        """Open metrics.jsonl and tensorboard/ to go on after `last_step`; records of later steps are dropped."""
+    def open_metrics(self, last_step: int, log: str = "none", config: dict[str, Any] | None = None) -> None:
+        """Open metrics.jsonl to go on after `last_step`; records of later steps are dropped.
+
+        log: what takes the records besides: "tensorboard", "wandb" (which is told `config`) or "none".
+        """
+        if log == "wandb":  # first, because it may be refused, and then nothing is written
+            self._scalars = WandbRun(self.path, config or {})
         path = self.path / "metrics.jsonl"
         with self._disk_errors("metrics.jsonl"):
             kept = [line for line in _whole_lines(path) if _step_of(line) <= last_step]
@@ -63,7 +69,7 @@ class RunDirectory:
             temporary.write_text("".join(kept))
             temporary.rename(path)
             self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
-        with contextlib.suppress(ImportError):
+        if log == "tensorboard":
             self._scalars = Scalars(self.path / "tensorboard", last_step + 1)
 
     def log(self, record: dict[str, float]) -> None:
@@ -80,6 +86,8 @@ class RunDirectory:
             self._scalars.log(record)
 
     def close(self) -> None:
+        if isinstance(self._scalars, WandbRun):
+            self._scalars.close()
         if self.metrics is not None:
             with contextlib.suppress(OSError):
                 self.metrics.close()
