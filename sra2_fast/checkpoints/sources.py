@@ -41,7 +41,7 @@ def which_source(state: Mapping[str, Tensor], args: Mapping[str, Any], source: s
     if told is None:
         raise InputError(
             f"{op}: weights of SiT and of REPA without a projector look alike, and time runs the other way in one of "
-            "them; say which they are with source (--source sit, or --source repa)"
+            "them; say whose they are: source= in Python, or sra2-fast convert with --source sit (or repa)"
         )
     return told
 

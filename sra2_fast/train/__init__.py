@@ -6,6 +6,7 @@ step.py           one training step
 loop.py           the steps, and what happens between them
 run_directory.py  config.json, metrics.jsonl
 scalars.py        TensorBoard
+initial.py        what a run starts from, and what of it is trained
 resume.py         which checkpoint to start from, and whether it fits
 diagnosis.py      losses read late, and what to say when one is not finite
 grid.py           sample grids

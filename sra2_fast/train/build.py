@@ -14,6 +14,7 @@ from ..errors import InputError, must_be
 from ..models import SiT, model_sizes
 from ..objective import SRA2Loss
 from ..optim import AdamWEMA
+from .initial import freeze, parameter_groups
 from .options import TrainOptions
 
 LOADER_WORKERS_ON_GPU = 4  # drawing a step's noise on one core takes longer than a fast step on a GPU
@@ -71,7 +72,7 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
     head = {} if options.align_depth is None else recipe.projector(options.target, sizes["hidden_size"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        return SiT(
+        model = SiT(
             **sizes,
             input_size=(height, width),
             in_channels=channels,
@@ -84,6 +85,9 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
             checkpoint_blocks=options.checkpoint_blocks,
             **head,
         )
+    if options.freeze is not None:
+        freeze(model, options.freeze)
+    return model
 
 
 def build_loss(options: TrainOptions) -> SRA2Loss:
@@ -104,7 +108,7 @@ def build_loss(options: TrainOptions) -> SRA2Loss:
 def build_optimizer(options: TrainOptions, model: SiT) -> AdamWEMA:
     """AdamW, clip and EMA over all parameters, by name."""
     return AdamWEMA(
-        model.named_parameters(),
+        parameter_groups(model, options.lr_scale),
         lr=options.lr,
         weight_decay=options.weight_decay,
         ema_decay=options.ema_decay,

@@ -33,9 +33,10 @@ from . import build
 from .allocator import keep_freed_memory
 from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
 from .grid import SampleGrid
+from .initial import load_initial
 from .interrupt import Interrupt, Interrupted
 from .options import TrainOptions
-from .resume import check_same_run, describe_run, find_checkpoint
+from .resume import check_same_run, describe_run, find_checkpoint, regroup
 from .run_directory import RunDirectory
 from .step import TrainStep
 
@@ -93,7 +94,9 @@ class Trainer:
         checkpoint = find_checkpoint(options, directory)
         changes = check_same_run(checkpoint, self.description, options.resume) if checkpoint else []
         self.checkpoint = checkpoint.path if checkpoint else None
-        self.model = build.build_model(options, source).to(self.device)
+        self.model = build.build_model(options, source)
+        notes = load_initial(self.model, options) if options.init is not None and checkpoint is None else []
+        self.model.to(self.device)
         self.loss_fn = build.build_loss(options)
         self.optimizer = build.build_optimizer(options, self.model)
         pending = self._restore(checkpoint) if checkpoint else []
@@ -113,7 +116,7 @@ class Trainer:
         )
         self._saved_step = self.step if checkpoint else None
         self.grid = self._make_grid()
-        self._say_what_runs(changes)
+        self._say_what_runs(changes, notes)
 
     @property
     def step(self) -> int:
@@ -131,9 +134,12 @@ class Trainer:
         for name, entry in state["state"].items():
             if checkpoint.ema is not None:
                 entry["ema"] = checkpoint.ema[name]
+        scales = [{k: group[k] for k in group if k == "lr_scale"} for group in self.optimizer.param_groups]
+        state["param_groups"] = regroup(state["param_groups"], self.optimizer.param_groups)
         set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(strict=False))
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.options.weight_decay  # the loaded one, unless it was changed on purpose
+        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
+            # The loaded ones, unless they were changed on purpose.
+            group |= {"weight_decay": self.options.weight_decay, **scale}
         pending = checkpoint.state["pending"]
         since_log_point = min(len(pending), checkpoint.step % self.options.log_every)  # --log-every may have changed
         return pending[len(pending) - since_log_point :]
@@ -315,7 +321,7 @@ class Trainer:
             }
         )
 
-    def _say_what_runs(self, changes: list[str]) -> None:
+    def _say_what_runs(self, changes: list[str], notes: list[str]) -> None:
         options = self.options
         million = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         how = f"{options.implementation}, compiled" if options.compile else options.implementation
@@ -326,7 +332,7 @@ class Trainer:
         if self.checkpoint is not None:
             changed = f", with {'; '.join(changes)}" if changes else ""
             tqdm.write(f"going on from {self.checkpoint}{changed}")
-        for note in self.source.notes:
+        for note in (*notes, *self.source.notes):
             tqdm.write(note)
         if options.sample_every and self.grid is None:
             tqdm.write("no sample grids: pip install pillow")

@@ -43,7 +43,8 @@ SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 SEED = Bound("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
 
 
-NUMBERS_AS_TEXT = ("latent_scale", "latent_shift")  # one number, or one a channel separated by commas
+# One number, or one a channel; patterns. On the command line separated by commas, in a file also as a list.
+LISTS_AS_TEXT = ("latent_scale", "latent_shift", "freeze", "lr_scale")
 
 
 def _option(default: Any, help: str, bound: Bound = ANY, *, fixed_on_resume: bool = True) -> Any:
@@ -71,6 +72,14 @@ class TrainOptions:
         None, "labels of the model, without the null label (default: those of the data)", AT_LEAST_1
     )
     qk_norm: bool = _option(False, "normalise queries and keys")
+    init: str | None = _option(
+        None, "start from these weights: a run, a checkpoint, or a file of SiT, REPA, SRA, REPA-E or LightningDiT"
+    )
+    init_positions: Literal["recompute", "interpolate"] = _option(
+        "recompute", "where --init has another latent size: positions 0, 1, 2, ..., or spread over those it knows"
+    )
+    freeze: str | None = _option(None, "parameters that are not trained: PATTERN,... such as 'blocks.0.*,x_embedder.*'")
+    lr_scale: str | None = _option(None, "factors of the learning rate: PATTERN=FACTOR,... such as 'projector.*=10'")
     steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
     batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
     microbatch: int | None = _changeable(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
@@ -151,6 +160,8 @@ class TrainOptions:
             raise InputError("train: --align-schedule stop needs --align-schedule-steps, the step it stops at")
         if self.align_schedule == "constant" and self.align_schedule_steps is not None:
             raise InputError("train: --align-schedule-steps is for --align-schedule linear or stop, not constant")
+        if self.init is not None and self.resume not in ("auto", "never"):
+            raise InputError("train: --init starts a run and --resume goes on with one; give one of them")
         if self.target != "teacher" and self.teacher_depth is not None:
             raise InputError(f"train: --teacher-depth is for --target teacher, not {self.target}")
 
@@ -203,7 +214,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see sra2-fast train --help"
             raise InputError(f"train: --config {path}: unknown option {written!r}{hint}")
-        if name in NUMBERS_AS_TEXT and not isinstance(value, str):
+        if name in LISTS_AS_TEXT and not isinstance(value, str):
             value = ",".join(map(str, value if isinstance(value, list) else [value]))
         if not _accepts(kinds[name], value):
             raise must_be(f"train: --config {path}", written, _describe(kinds[name]), repr(value))

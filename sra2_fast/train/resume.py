@@ -94,6 +94,16 @@ def check_same_run(checkpoint: Checkpoint, run: dict[str, Any], resume: str) -> 
     return changes
 
 
+def regroup(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of saved parameter groups for parameters that are grouped otherwise now (another --lr-scale).
+
+    A group gets the settings of its first parameter; what has no parameter there, those of the first group.
+    """
+    settings = {name: group for group in saved for name in group["params"]}
+    names = [list(group["param_names"]) for group in own]
+    return [{**settings.get(of[0], saved[0]), "params": of, "param_names": of} for of in names]
+
+
 def option_of(name: str) -> str:
     """The option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"

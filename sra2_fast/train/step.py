@@ -74,7 +74,7 @@ class TrainStep:
         if self.schedule is not None:
             settings = self.schedule.at(self.step + 1)
             for group in self.optimizer.param_groups:
-                group.update(settings)
+                group.update({**settings, "lr": settings["lr"] * group.get("lr_scale", 1.0)})
         count = sum(len(batch.labels) for batch in microbatches)
         with self.weights(len(microbatches)):
             parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
