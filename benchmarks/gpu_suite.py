@@ -71,12 +71,14 @@ def parts(records: Path) -> list[Part]:
     xl = ("--model", "SiT-XL/2", "--batch-size", "32", "--precision", "bf16", "--json", str(records))
     step_time = (python, str(ROOT / "benchmarks" / "step_time.py"), "--device", "cuda", *xl, "--steps", "10")
     speedup = (python, str(ROOT / "benchmarks" / "fused_speedup.py"), *xl, "--compile")
+    sampling = (python, str(ROOT / "benchmarks" / "sample_time.py"), "--device", "cuda", "--json", str(records))
     planned = [
         Part("build", (python, str(ROOT / "setup.py"), "build_ext", "--inplace"), 150),
         Part("tests", (*pytest, "--maxfail=20", str(ROOT / "tests" / "gpu")), 100),
         Part("step_time fused", (*step_time, "--implementation", "fused"), 80),
         Part("step_time eager", (*step_time, "--implementation", "eager"), 80),
         Part("fused_speedup compiled", speedup, 120),
+        Part("sample_time", (*sampling, "--steps", "3"), 90),
     ]
     options = ("--bench-device", "cuda", "--bench-json", str(records), "--bench-seconds", "0.4")
     planned += [Part(Path(bench).stem, (*pytest, bench, *options), 60) for bench in benches]
@@ -128,7 +130,7 @@ def run_all(planned: list[Part], records: Path, total_seconds: float, about: dic
         line = {"part": part.name, "result": outcome.result, "seconds": round(outcome.seconds, 1)}
         append_json_line(records, {**line, **about})
         tqdm.write(f"{part.name}: {outcome.result}, {outcome.seconds:.0f} s")
-        if part.name.startswith(("step_time", "fused_speedup", "bench_")) or outcome.is_failure:
+        if part.name.startswith(("step_time", "fused_speedup", "sample_time", "bench_")) or outcome.is_failure:
             tqdm.write(outcome.tail)
     return outcomes
 

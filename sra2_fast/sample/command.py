@@ -175,7 +175,7 @@ def _sampler(args: argparse.Namespace, model: Any, path: str | None) -> Sampler:
     from .draw import Sampler
 
     is_sde, is_adaptive, is_guided = args.method == "sde", args.method == "dopri5", args.cfg_scale != 1.0
-    interval = _interval(args.guidance_interval)
+    interval = parse_interval(args.guidance_interval)
     if is_guided and model.class_dropout_prob == 0:
         raise InputError(
             "sample: --cfg-scale must be 1 for a model without a null label; train with --label-dropout above 0 to "
@@ -201,13 +201,14 @@ def _sampler(args: argparse.Namespace, model: Any, path: str | None) -> Sampler:
     )
 
 
-def _interval(given: str) -> tuple[float, float]:
+def parse_interval(given: str, op: str = "sample") -> tuple[float, float]:
+    """LOW,HIGH of --guidance-interval. Raises InputError."""
     try:
         low, high = (float(end) for end in given.split(","))
     except ValueError as error:
-        raise must_be("sample", "--guidance-interval", "two numbers LOW,HIGH", repr(given)) from error
+        raise must_be(op, "--guidance-interval", "two numbers LOW,HIGH", repr(given)) from error
     if not 0.0 <= low <= high <= 1.0:
-        raise must_be("sample", "--guidance-interval", "LOW,HIGH with 0 <= LOW <= HIGH <= 1", given)
+        raise must_be(op, "--guidance-interval", "LOW,HIGH with 0 <= LOW <= HIGH <= 1", given)
     return low, high
 
 

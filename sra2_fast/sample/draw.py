@@ -81,7 +81,7 @@ class ImageDrawer:
         self._seed, self._device, self._padded_to = seed, device, padded_to
         self._is_bf16 = precision == "bf16"
         if self._is_bf16:
-            _round_products(model)
+            round_products(model)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         count = len(indices)
@@ -115,7 +115,7 @@ class ImageDrawer:
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
-def _round_products(model: SiT) -> None:
+def round_products(model: SiT) -> None:
     """What autocast would round to bf16 at every call, rounded once: the weights of Linears and of the patches."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
