@@ -1,6 +1,7 @@
 """The JSON files that are read back, as types: what may stand where, in one place for every format.
 
     index.json    of a folder of latents (data/layouts/shards.py)
+    features.json of features beside latents (data/layouts/feature_shards.py)
     state.json    of a checkpoint (checkpoints/training.py)
     dataset.json  of REPA and SRA (data/layouts/vae_sd.py)
 
@@ -80,6 +81,27 @@ class Index(BaseModel):
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError("class_names and num_classes disagree")
         return self
+
+
+class FeatureEntry(BaseModel):
+    """A file's line in features.json."""
+
+    file: FileName
+    samples: Count
+    bytes: Count
+    checksum: Sha256
+
+
+class FeatureIndex(BaseModel):
+    """features.json."""
+
+    encoder: Text
+    fingerprint: Text
+    tokens: Size
+    width: Size
+    has_flips: Annotated[bool, Strict()]
+    latents: Sha256  # the digest of the latents they belong to
+    files: list[FeatureEntry]
 
 
 class ParamGroup(BaseModel):

@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     label_uniform: torch.Tensor  # (B,) float32; drop the label where it is < class_dropout_prob
     teacher_uniform: torch.Tensor  # (B,) float32
     images: torch.Tensor | None = None  # (B, 3, H, W) uint8, where an encoder runs on them in every step
+    features: torch.Tensor | None = None  # (B, N, F) float16 or float32, of an encoder, where the source has them
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The function applied to every tensor there is."""
@@ -67,6 +68,7 @@ class _Steps(Dataset):
         first = step * self.batch_size + int(in_batch[0])
         self._announce(first)
         indices = self.shuffle.take(first, len(in_batch))
+        flipped = None
         if source.has_flips:
             flipped = uniform(Stream.FLIP, self.seed, step, in_batch) < 0.5
             values, labels = source.read_flipped(indices, flipped)
@@ -82,7 +84,12 @@ class _Steps(Dataset):
             uniform(Stream.LABEL, self.seed, step, in_batch),
             uniform(Stream.TEACHER, self.seed, step, in_batch),
         )
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        batch = Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        if source.features is None:
+            return batch
+        features = source.features.read(indices, flipped)
+        source.features.check_finite(features, indices)
+        return batch._replace(features=torch.from_numpy(features))
 
     def _announce(self, position: int) -> None:
         if self.source.block_size is None or position in self.announced:

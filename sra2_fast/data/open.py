@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
+from .features import open_features
 from .layouts.digits import DigitsSource
 from .layouts.fast_dit import FastDiTSource, is_fast_dit
 from .layouts.flat_npy import FlatNpySource, is_flat_npy
@@ -53,6 +54,7 @@ def open_data(
     latent_scale: Numbers | None = None,
     latent_shift: Numbers | None = None,
     ignore_labels: bool = False,
+    features: bool = False,
 ) -> LatentSource:
     """The training set named by `spec`: "digits", or a folder in one of the LAYOUTS. Its `notes` are for the user.
 
@@ -60,6 +62,7 @@ def open_data(
     latent_scale, latent_shift: z = (value - shift) * scale for layouts that record no normalisation; a number or one a
       channel, also as text separated by commas.
     ignore_labels: one class, every label 0.
+    features: open the encoder's features beside the latents too, as `source.features`.
     Raises InputError where there is nothing, nothing known, or nothing usable; it names the path and what to do.
     """
     told = {"latent_scale": latent_scale, "latent_shift": latent_shift}
@@ -76,6 +79,8 @@ def open_data(
         _check_spread(source, is_assumed=layout.needs_telling and latent_scale is None)
     if ignore_labels:
         source = WithoutLabels(source)
+    if features:
+        source.features = open_features(Path(spec), source)
     if num_classes is not None and source.num_classes > num_classes:
         raise InputError(
             f"data: label out of range: {source.name} has {source.num_classes} classes, the model {num_classes}; "

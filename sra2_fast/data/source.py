@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
+from .features import FeatureSource
 
 MAX_NAMED = 3
 SPREAD_SAMPLES = 256
@@ -45,6 +46,7 @@ class LatentSource(ABC):
     class_names: list of num_classes names, or None.
     block_size: int or None - samples that lie together on disk; None: order of reading does not matter.
     vae, vae_fingerprint: str or None - the autoencoder the latents were made with, and its weights.
+    features: FeatureSource or None - the encoder's features of the same images, where `open_data` was asked for them.
     notes: lines to tell the user before training: what was assumed, what looks wrong.
     """
 
@@ -61,6 +63,7 @@ class LatentSource(ABC):
     block_size: int | None = None
     vae: str | None = None
     vae_fingerprint: str | None = None
+    features: FeatureSource | None = None
     notes: Sequence[str] = ()
 
     @abstractmethod

@@ -69,7 +69,15 @@ def build_model(options: TrainOptions, source: LatentSource) -> SiT:
             f"train: {source.name} has latents of {height}x{width}, which the patch size {sizes['patch_size']} of "
             f"--model {options.model} does not divide; choose another patch size"
         )
-    head = {} if options.align_depth is None else recipe.projector(options.target, sizes["hidden_size"])
+    tokens = height // sizes["patch_size"] * (width // sizes["patch_size"])
+    features = source.features
+    if features is not None and features.num_tokens != tokens:
+        raise InputError(
+            f"train: {features.name} holds {features.num_tokens} tokens an image, --model {options.model} has "
+            f"{tokens}; choose another patch size or compute the features on another grid"
+        )
+    feature_dim = None if features is None else features.width
+    head = {} if options.align_depth is None else recipe.projector(options.target, sizes["hidden_size"], feature_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = SiT(

@@ -67,6 +67,7 @@ def train(options: TrainOptions) -> TrainResult:
         latent_scale=options.latent_scale,
         latent_shift=options.latent_shift,
         ignore_labels=options.ignore_labels,
+        features=options.target == "features" and options.align != "none",
     )
     directory = RunDirectory(options.out)
     try:

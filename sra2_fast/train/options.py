@@ -110,7 +110,9 @@ class TrainOptions:
         None, "where 'linear' reaches zero (default: --steps) or 'stop' stops", AT_LEAST_1
     )
     beta: float = _option(recipe.BETA, "of smooth_l1")
-    target: Literal["vae", "teacher"] = _option("vae", "align with: the clean latents (SRA 2), the EMA teacher (SRA)")
+    target: Literal["vae", "features", "teacher"] = _option(
+        "vae", "align with: the clean latents (SRA 2), an encoder's features beside them (REPA), the EMA teacher (SRA)"
+    )
     teacher_depth: int | None = _option(
         None, "block of the teacher (default: 20 for XL, else twice --align-depth)", AT_LEAST_1
     )

@@ -60,6 +60,8 @@ def describe_run(options: TrainOptions, source: LatentSource) -> dict[str, Any]:
     values["num_classes"] = options.num_classes or source.num_classes
     values["data"] = f"{source.num_samples} x {list(source.shape)}, {source.num_classes} classes"
     values[FINGERPRINT] = source.fingerprint()
+    if source.features is not None:
+        values[FINGERPRINT] += f" {source.features.fingerprint()}"
     return values
 
 

@@ -119,7 +119,9 @@ class TrainStep:
             teacher_uniform=batch.teacher_uniform,
         )
         with self.autocast():
-            features = None if self.encoder is None or batch.images is None else self.encoder(batch.images)
+            features = None if batch.features is None else batch.features.float()
+            if self.encoder is not None and batch.images is not None:
+                features = self.encoder(batch.images)
             given = {**draws._asdict(), "features": features, "teacher": self.teacher}
             return self.loss_fn(network, batch.latents, batch.labels, step=step, **given)
 

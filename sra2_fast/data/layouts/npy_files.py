@@ -107,6 +107,11 @@ class NpyFolderSource(LatentSource):
             values /= self.stored_scale[:, None, None]
         return values, self._labels[indices]
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the samples, in order, relative to `folder`."""
+        return self._files
+
     def describe(self, index: int) -> str:
         return str(self.folder / self._files[index])
 
