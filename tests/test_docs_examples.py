@@ -75,3 +75,21 @@ def test_metrics_are_described_key_by_key(tmp_path: Path) -> None:
     described = [row[0].strip("`") for row in rows_of("docs/guide.md", "metrics.jsonl")]
     assert described == list(record)
     assert record["loss"] == pytest.approx(record["velocity"] + record["align_weight"] * record["align"])
+
+
+def test_the_pages_of_checkpoints_open_a_run_and_save_it_for_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    train(tiny(tmp_path / "runs" / "digits", steps=2, log_every=1))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for part in ("about.notes", "save_pretrained("):
+        body = example("docs/checkpoints.md", part).replace("steps=20", "steps=2")
+        exec(compile(body, "docs/checkpoints.md", "exec"), names)
+    assert names["about"].step == 2 and names["latents"].shape == (10, 1, 8, 8)
+    assert sorted(path.name for path in (tmp_path / "runs/digits/model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]

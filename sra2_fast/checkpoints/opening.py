@@ -133,6 +133,7 @@ def _of_a_run(path: Path, weights: str) -> OpenedWeights:
 
 
 def _of_a_pretrained_folder(path: Path) -> OpenedWeights:
+    """A folder of `sra2_fast.SiT`, or of a class of `sra2_fast.compat`, which has the public repository's weights."""
     op = f"checkpoint {path}"
     file = path / "model.safetensors"
     if not file.is_file():
@@ -142,6 +143,10 @@ def _of_a_pretrained_folder(path: Path) -> OpenedWeights:
         state = load_file(file)
     except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{op}: cannot be read ({' '.join(str(error).split())[:120]}); save it again") from error
+    if "decoder_hidden_size" in config:
+        source = "repa" if "encoder_depth" in config else "sra"
+        told = Told(config["num_heads"], config["num_classes"], config["input_size"], config.get("encoder_depth"))
+        return convert_weights(PublicCheckpoint({"model": state}), path, "model", source, told)
     try:
         check_fits(state, config, op)
     except TypeError as error:

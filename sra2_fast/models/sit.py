@@ -24,6 +24,7 @@ from ..layers.patch_embedding import PatchEmbed, sincos_positions
 from ..layers.plain import is_plain, watched
 from ..layers.projector import build_projector, readable_last
 from ..ops.patchify import unpatchify
+from .hub import HubModel
 from .loss_inputs import LossInputs, SiTOutput
 
 
@@ -34,7 +35,7 @@ class Config(dict[str, Any]):
         return dict(self)
 
 
-class SiT(nn.Module):
+class SiT(HubModel, nn.Module):
     """Velocity field of a latent: (x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
 
     Here t = 0 is data, as in REPA and SRA. A checkpoint of the SiT repository loads (strict=True, align_depth=None),
