@@ -179,22 +179,24 @@ def test_ctrl_c_and_the_same_command_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, encode, calls = tmp_path / "out", encode_module.encode, []
+    out, encode, calls = tmp_path / "out", encode_module.start_encoding, []
 
-    def interrupted(*arguments: object) -> np.ndarray:
+    def interrupted(*arguments: object) -> object:
         calls.append(arguments)
         if len(calls) == 5:  # the second shard's second batch
             raise KeyboardInterrupt
         return encode(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "encode", interrupted)
+        patch.setattr(encode_module, "start_encoding", interrupted)
         assert main(command(photos, vae_path, out)) == 130
     assert "interrupted with 7 of 14 images encoded; run the same command again to go on" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"has no index.json, so it is not finished"):
         open_data(out)
     calls.clear()
-    monkeypatch.setattr(encode_module, "encode", lambda *arguments: calls.append(arguments) or encode(*arguments))
+    monkeypatch.setattr(
+        encode_module, "start_encoding", lambda *arguments: calls.append(arguments) or encode(*arguments)
+    )
     assert main(command(photos, vae_path, out)) == 0
     assert len(calls) == 4  # only the missing batches of the second shard, and the third
     assert contents(out) == contents(whole)

@@ -38,18 +38,18 @@ class Killed(BaseException):
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> StopAt:
     """stop_at(call, error) makes that call of `encode` raise it (no call: none); returns how many images each got."""
-    encode = encode_module.encode
+    start_encoding = encode_module.start_encoding
 
     def install(call: int = 0, error: type[BaseException] = Killed) -> list[int]:
         sizes: list[int] = []
 
-        def watched(vae: torch.nn.Module, pixels: torch.Tensor, precision: str) -> np.ndarray:
+        def watched(vae: torch.nn.Module, pixels: torch.Tensor, precision: str) -> Callable[[], np.ndarray]:
             sizes.append(len(pixels))
             if len(sizes) == call:
                 raise error
-            return encode(vae, pixels, precision)
+            return start_encoding(vae, pixels, precision)
 
-        monkeypatch.setattr(encode_module, "encode", watched)
+        monkeypatch.setattr(encode_module, "start_encoding", watched)
         return sizes
 
     return install

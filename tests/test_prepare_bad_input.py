@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,12 +150,12 @@ def test_latents_that_are_not_finite(
 ) -> None:
     encode = vae_module.encode
 
-    def overflowing(*arguments: object) -> np.ndarray:
+    def overflowing(*arguments: object) -> Callable[[], np.ndarray]:
         moments = encode(*arguments)  # type: ignore[arg-type]
         moments[-1, 0, 0, 0] = np.inf
-        return moments
+        return lambda: moments
 
-    monkeypatch.setattr(encode_module, "encode", overflowing)
+    monkeypatch.setattr(encode_module, "start_encoding", overflowing)
     refused(
         capsys,
         command(photos, vae_path, tmp_path / "out"),

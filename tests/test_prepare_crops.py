@@ -16,7 +16,7 @@ from sra2_fast.prepare import encode as encode_module
 from sra2_fast.prepare.crop import MAX_ASPECT, center_crop, crop_of
 from sra2_fast.prepare.encode import EncodeOptions, shard_jobs
 from sra2_fast.prepare.listing import list_images
-from sra2_fast.vae.autoencoder import encode, load_vae
+from sra2_fast.vae.autoencoder import encode, load_vae, start_encoding
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("diffusers")
@@ -91,15 +91,15 @@ def test_an_interruption_changes_neither_crops_nor_flips(
     """In the middle of a batch, too: its images are encoded and their mirror images are not."""
     out, calls = tmp_path / "out", []
 
-    def interrupted(*arguments: object) -> np.ndarray:
+    def interrupted(*arguments: object) -> object:
         calls.append(arguments)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return encode(*arguments)  # type: ignore[arg-type]
+        return start_encoding(*arguments)  # type: ignore[arg-type]
 
     arguments = command(photos, vae_path, out, "--crop", "random", "--flip")
     with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "encode", interrupted)
+        patch.setattr(encode_module, "start_encoding", interrupted)
         assert main(arguments) == 130
     assert "interrupted with 7 of 14 images encoded" in capsys.readouterr().err
     assert main(arguments) == 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .encode import EncodeOptions
     from .listing import ImageList
 
-MAX_WORKERS = 8
+MAX_WORKERS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (cuda if there is one)")
     parser.add_argument("--shard-size", type=int, default=4096, help="images in a shard (%(default)s: 134 MB)")
     parser.add_argument(
-        "--num-workers", type=int, default=None, help="processes that read images (one a core, up to 8)"
+        "--num-workers", type=int, default=None, help="processes that read images (one a core, up to 16)"
     )
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
     parser.add_argument(

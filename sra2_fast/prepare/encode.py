@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from ..errors import InputError
 from ..files import write_whole
 from ..progress import progress_bar
 from ..randomness import Stream, generator
-from ..vae.autoencoder import downsample_factor, encode, normalisation
+from ..vae.autoencoder import downsample_factor, normalisation, start_encoding
 from .listing import ImageList, name_some
+from .pipeline import Pipeline
 from .reading import Chunk, ImageChunks, mark_texts
 from .shard_work import Piece, ShardJob, ShardWork
 
 UNREADABLE_FILE = "unreadable.txt"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -84,24 +87,29 @@ def encode_shards(
     )
     total, todo = len(images.files), sum(len(chunk) for chunk in chunks)
     refused: list[str] = []
-    with progress_bar(total=total, initial=total - todo, unit="image", desc="encoding", disable=not chunks) as bar:
+    bar = progress_bar(
+        total=total, initial=total - todo, unit=" images", desc="encoding", disable=not chunks, bar_format=BAR
+    )
+    with bar, Pipeline(lambda piece: bar.update(len(piece.marks))) as pipeline:
         read = iter(loader)
-        for work in works:
-            try:
+        try:
+            for work in works:
                 for _ in work.begin(size):
                     chunk = next(read)
                     if chunk.unreadable and not skip_unreadable:
-                        work.save()
+                        pipeline.save()
                         refused += chunk.unreadable
                         bar.set_description("only checking")
-                    if not refused:
-                        work.add(_encode(vae, chunk, images, options))
-                    bar.update(len(chunk.marks))
-            except KeyboardInterrupt:
-                work.save()
-                raise
-            if not refused:
-                yield work.job, work.finish()
+                    if refused:
+                        bar.update(len(chunk.marks))
+                    else:
+                        yield from pipeline.add(work, len(chunk.marks), partial(_start, vae, chunk, images, options))
+                if not refused:
+                    yield from pipeline.close(work)
+            yield from pipeline.drain()
+        except KeyboardInterrupt:
+            pipeline.save()
+            raise
     if refused:
         write_whole(out / UNREADABLE_FILE, "".join(f"{name}\n" for name in refused).encode())
         raise InputError(
@@ -118,25 +126,36 @@ def latent_shape(vae: torch.nn.Module, image_size: int) -> tuple[int, int, int]:
     return normalisation(vae).channels, image_size // factor, image_size // factor
 
 
-def _encode(vae: torch.nn.Module, chunk: Chunk, images: ImageList, options: EncodeOptions) -> Piece:
-    pixels = chunk.pixels
-    return Piece(
-        batches=1,
-        moments=_moments(vae, pixels, chunk, images, options.precision),
-        flips=_moments(vae, pixels.flip(-1), chunk, images, options.precision) if options.flip else None,
-        labels=images.labels[chunk.positions],
-        unreadable=chunk.unreadable,
-        marks=mark_texts(chunk.marks),
-        converted=chunk.converted,
-    )
+def _start(vae: torch.nn.Module, chunk: Chunk, images: ImageList, options: EncodeOptions) -> Callable[[], Piece]:
+    """Start encoding the readable images of `chunk`, and the mirrored ones; what is returned waits for the piece."""
+    started = [
+        _start_encoding(vae, pixels, options.precision)
+        for pixels in ((chunk.pixels, chunk.pixels.flip(-1)) if options.flip else (chunk.pixels,))
+    ]
+
+    def piece() -> Piece:
+        moments, *flips = (_finite(results(), chunk, images) for results in started)
+        return Piece(
+            batches=1,
+            moments=moments,
+            flips=flips[0] if flips else None,
+            labels=images.labels[chunk.positions],
+            unreadable=chunk.unreadable,
+            marks=mark_texts(chunk.marks),
+            converted=chunk.converted,
+        )
+
+    return piece
 
 
-def _moments(vae: torch.nn.Module, pixels: torch.Tensor, chunk: Chunk, images: ImageList, precision: str) -> np.ndarray:
-    """(n, 2C, H, W) float32 of `pixels`, those of the readable images of `chunk`."""
-    if not len(chunk.positions):
-        channels, height, width = latent_shape(vae, pixels.shape[-1])
-        return np.empty((0, 2 * channels, height, width), dtype=np.float32)
-    moments = encode(vae, pixels, precision)
+def _start_encoding(vae: torch.nn.Module, pixels: torch.Tensor, precision: str) -> Callable[[], np.ndarray]:
+    if len(pixels):
+        return start_encoding(vae, pixels, precision)
+    channels, height, width = latent_shape(vae, pixels.shape[-1])
+    return lambda: np.empty((0, 2 * channels, height, width), dtype=np.float32)
+
+
+def _finite(moments: np.ndarray, chunk: Chunk, images: ImageList) -> np.ndarray:
     finite = np.isfinite(moments).all(axis=(1, 2, 3))
     if not finite.all():
         bad = [images.files[position] for position in chunk.positions[~finite]]

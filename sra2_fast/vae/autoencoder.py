@@ -12,7 +12,7 @@ import functools
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,23 @@ def downsample_factor(vae: Any) -> int:
     return 2 ** (len(levels) - 1)
 
 
-@torch.no_grad()
 def encode(vae: Any, images: torch.Tensor, precision: str = "fp32") -> np.ndarray:
     """images: (n, 3, H, W) uint8 -> moments (n, 2C, h, w) float32 = [mean, std], not normalised.
 
     The std of an AutoencoderDC is 0.
     precision: "fp32", or "bf16": the convolutions in bf16 under autocast; the moments are always split in float32.
     """
+    return start_encoding(vae, images, precision)()
+
+
+@torch.no_grad()
+def start_encoding(vae: Any, images: torch.Tensor, precision: str = "fp32") -> Callable[[], np.ndarray]:
+    """The same in two steps: queued on a GPU now, what is returned waits for the moments. On a CPU they are there."""
     device = next(vae.parameters()).device
-    pixels = images.to(device).contiguous().float() / 127.5 - 1
+    is_cuda = device.type == "cuda"
+    if is_cuda:  # from pageable memory the copy would wait for the batch before it
+        images = images.pin_memory()
+    pixels = images.to(device, non_blocking=is_cuda).contiguous().float() / 127.5 - 1
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         encoded = vae.encode(pixels)
     if hasattr(encoded, "latent"):
@@ -135,7 +143,19 @@ def encode(vae: Any, images: torch.Tensor, precision: str = "fp32") -> np.ndarra
     else:
         mean, logvar = encoded.latent_dist.parameters.float().chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
-    return torch.cat([mean, std], dim=1).cpu().numpy()
+    moments = torch.cat([mean, std], dim=1)
+    if not is_cuda:
+        return moments.cpu().numpy
+    fetched = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+    fetched.copy_(moments, non_blocking=True)  # queued before the next batch, so it does not wait for that one
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+
+    def wait() -> np.ndarray:
+        arrived.synchronize()
+        return fetched.numpy().copy()  # pinned memory is scarce
+
+    return wait
 
 
 @torch.no_grad()
