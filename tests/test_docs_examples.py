@@ -43,6 +43,8 @@ def test_a_loop_of_ones_own_runs_and_warms_up_the_average() -> None:
         (group,) = names["opt"].param_groups
         assert group["ema_decay"] == pytest.approx(3 / 12) and group["lr"] == pytest.approx(1e-3 * 2 / 50)
     assert names["take_step"].step == 2 and len(names["rows"]) == 2
+    exec(compile(example("docs/guide.md", 'reduction="none"'), "docs/guide.md", "exec"), names)
+    assert names["each"].total.shape == names["labels"].shape and names["each"].total.requires_grad
 
 
 def test_public_checkpoints_are_sampled_with_time_turned_around() -> None:
