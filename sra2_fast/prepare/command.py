@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="where the latents go; the same command again goes on"
     )
+    parser.add_argument(
+        "--features",
+        metavar="ENCODER",
+        help="write an encoder's features too, for train --target features: dinov2-vitb14 and its like, timm:NAME, or "
+        "a folder",
+    )
     parser.add_argument("--image-size", type=int, default=256, help="side of the square images (%(default)s)")
     parser.add_argument(
         "--crop",
@@ -109,6 +115,8 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
     from ..vae.autoencoder import fingerprint, load_vae
     from .earlier import discard_damaged_index, keep_to_plan, survey
     from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
+    from .encoders import load_encoder
+    from .features import feature_grid, write_features
     from .listing import list_images
     from .reading import check_classes
 
@@ -125,6 +133,7 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
     vae = load_vae(args.vae, device)
     shape = latent_shape(vae, args.image_size)
     shift, scale = _normalisation(args, vae)
+    encoder = load_encoder(args.features, feature_grid(args.image_size), device) if args.features else None
     options = EncodeOptions(
         images=str(images.store.path.resolve()),
         vae=str(Path(args.vae).resolve()) if Path(args.vae).exists() else args.vae,
@@ -170,6 +179,18 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
         _finish(out, [shards[job.number] for job in jobs], images, options, about)
     how = "" if works else "already complete, all checksums right: "
     print(f"{how}{_summary(ShardSource(out))} in {out}; train on them with sra2-fast train --data {out}")
+    if encoder is None:
+        return 0
+    try:
+        finished = [shards[job.number] for job in jobs]
+        how = "" if write_features(out, images, jobs, finished, encoder, options, workers) else "already complete: "
+    except KeyboardInterrupt:
+        print(
+            "\nsra2-fast prepare: interrupted; run the same command again for the rest of the features", file=sys.stderr
+        )
+        return 130
+    tokens = f"{encoder.grid**2}x{encoder.width}"
+    print(f"{how}features of {tokens} by {encoder.name}; align with them by sra2-fast train --target features")
     return 0
 
 
