@@ -21,11 +21,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from lib.budget import Peaks, Record, parts_of, predicted_ms, read_peaks, totals
+from lib.budget import DEFAULT_ATTENTION, Peaks, Record, parts_of, predicted_ms, read_peaks, totals
 from lib.ledger import MARK, Ledger, Operator, trace
 from lib.outcome import check_can_write, exit_code
 from lib.step_parts import ATTENTION_PARTS, PRODUCT_PARTS, REST
-from lib.step_rows import DTYPES, ROWS, Setting, StepRow, resolve_setting
+from lib.step_rows import DTYPES, ROWS, Setting, StepRow, add_attention_argument, resolve_setting
 from lib.timing import append_json_line, commit, environment, interleave, without_profiler_chatter
 from peak import best_flop_per_s, copy_bytes_per_s, step_products
 
@@ -44,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="registry name or 'D,depth,heads,patch' [SiT-XL/2; measured on a CPU SiT-S/2]")
     parser.add_argument("--batch-size", type=int, help="images a step [32; measured on a CPU 4]")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add_attention_argument(parser)
     parser.add_argument("--row", default="baseline", help=f"one of {', '.join(ROWS)}")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--device", help="measure on cpu or cuda")
@@ -74,9 +75,10 @@ def predict(args: argparse.Namespace) -> Record:
     if batch_size < 1:
         raise must_be(OP, "--batch-size", "1 or more", batch_size)
     precision = "bf16" if args.precision == "auto" else args.precision
-    peaks, sources = read_peaks(gpu, precision)
-    model = args.model or "SiT-XL/2"
-    step, operators = trace(args.row, Setting(model, batch_size, precision, "fused", False, torch.device("cpu")))
+    name = DEFAULT_ATTENTION if args.attention == "auto" else args.attention
+    peaks, sources = read_peaks(gpu, precision, name)
+    setting = Setting(args.model or "SiT-XL/2", batch_size, precision, "fused", False, torch.device("cpu"), name)
+    step, operators = trace(args.row, setting)
     record = budget(step, operators, peaks, predicted_ms(operators, peaks))
     launch_ms = 1e3 * peaks.launch_s * record["operators"]
     attention = (peaks.attention_forward_flop_per_s, peaks.attention_backward_flop_per_s)
@@ -119,6 +121,7 @@ def measure(args: argparse.Namespace) -> Record:
     return {
         **record,
         "is_measured": True,
+        "chosen": step.chosen,
         "beside_ms": timings["step"].ms_median - record["parts_ms"],
         **whole(step, timings["step"].ms_median, peaks),
         **timings["step"].quantiles(),
@@ -223,17 +226,25 @@ def notes(record: Record) -> list[str]:
             f"parts: the profiler's time of their {operators:,} operators; between them: Python and autograd, "
             "less than nothing where the profiled steps ran slower than the step"
         )
-        return [floor, parts, other, f"{mfu} (measured on {record['device']}: {made_of})"]
+        return [floor, parts, other, *record["chosen"], f"{mfu} (measured on {record['device']}: {made_of})"]
     forward, backward = (rate * 1e-12 for rate in record["attention_flop_per_s"])
     return [
         floor,
-        f"attention: {forward:.3g} and {backward:.3g} TFLOP/s of what its kernel executes, forward and backward, "
+        f"attention: {_which(record['attention'])}",
+        f"its rate: {forward:.3g} and {backward:.3g} TFLOP/s of what its kernel executes, forward and backward, "
         f"{forward / rate:.2f} and {backward / rate:.2f} of the product rate",
         f"launches: {operators:,} operators, {record['launch_us']:.2g} us each that overlaps nothing",
         other,
         *(f"source of {what}: {source}" for what, source in record["sources"].items()),
         f"{mfu} (predicted for {record['device']}: {made_of})",
     ]
+
+
+def _which(attention: str) -> str:
+    """The backend that a prediction is for, and where it is the one that runs."""
+    if attention != DEFAULT_ATTENTION:
+        return f"{attention} (--attention)"
+    return f"{attention} (what runs where flash-attn is not installed; --attention flash-attn: where it is)"
 
 
 def _line(name: str, one: Any, whole_ms: float) -> list[str]:

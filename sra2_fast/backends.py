@@ -16,7 +16,9 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import must_be
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +34,15 @@ CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_residual_layer_norm_modulate": _NORM,
     "alignment_velocity_loss": {"cpu": ("c++",), "cuda": ("triton",)},
     "adamw_ema": {"cpu": ("c++",), "cuda": ("triton",)},
-    "attention": {"cpu": (), "cuda": ("flash-attn",)},
 }
+# Attention is not in that table: on each kind of device the fastest of these is measured (models/attention.py), the
+# first unless another is faster. All but two need bf16.
+ATTENTION: dict[str, tuple[str, ...]] = {
+    "cpu": ("sdpa", "matmul"),
+    "cuda": ("flash-attn-3", "flash-attn", "cudnn", "flash", "efficient", "sdpa"),
+}
+_ATTENTION_IN_FLOAT32 = ("sdpa", "efficient")
+_FLASH_ATTN_MODULES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
 
 
 class Choice(NamedTuple):
@@ -61,17 +70,36 @@ def fused_devices(op: str) -> frozenset[str]:
 
 
 def has_flash_attn() -> bool:
-    """Whether flash-attn can be imported."""
+    """Whether flash-attn 2 can be imported."""
     return _why_not_importable("flash_attn") is None
 
 
-def flash_attn_func() -> Callable[..., torch.Tensor] | None:
-    """flash-attn's attention, (q, k, v), each (B, N, H, head_dim), -> the same; None where it cannot be imported."""
-    if not has_flash_attn():
-        return None
-    from flash_attn import flash_attn_func as function
+def flash_attn_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The functions of "flash-attn" or "flash-attn-3" for qkv (B, N, 3, H, head_dim), and for q, k, v (B, N, H,
+    head_dim) each. Raises ImportError where it is not installed."""
+    module = importlib.import_module(_FLASH_ATTN_MODULES[name])
+    return module.flash_attn_qkvpacked_func, module.flash_attn_func
 
-    return function
+
+def attention_backends(device_type: str, is_bf16: bool = True) -> dict[str, str]:
+    """{name: ""} of every attention backend that can run on this kind of device, {name: why not} of the others."""
+    found = {}
+    for name in ATTENTION.get(device_type, ("sdpa",)):
+        why = None if name in ("sdpa", "matmul") else _why_not(name)
+        if why is None and not is_bf16 and name not in _ATTENTION_IN_FLOAT32:
+            why = "needs bf16"
+        found[name] = why or ""
+    return found
+
+
+def check_attention(op: str, option: str, name: str, device_type: str, is_bf16: bool) -> None:
+    """Raises InputError, naming op and option, unless the attention backend `name` can run there; "auto" can."""
+    found = attention_backends(device_type, is_bf16)
+    if name == "auto" or found.get(name) == "":
+        return
+    why = found.get(name, f"not for {device_type}")
+    there = ", ".join(["auto", *(one for one, why_not in found.items() if not why_not)])
+    raise must_be(op, option, f"one of {there} here", f"{name} ({why})")
 
 
 def has_apex() -> bool:
@@ -117,7 +145,7 @@ def versions() -> dict[str, str]:
     from . import __version__
 
     found = {"sra2_fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "triton", "safetensors", "flash-attn", "transformers"):
+    for package in ("torch", "numpy", "triton", "safetensors", "flash-attn", "flash-attn-3", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -146,7 +174,12 @@ def status() -> dict[str, str]:
         is_loaded, found[f"{kind}_extension"] = _load_extension(kind)
         if not is_loaded and _library(kind).exists():
             found[f"{kind}_extension"] += f" ({_build_record(kind)})"
-    for name, module in (("triton", "triton"), ("flash_attn", "flash_attn"), ("apex", "apex.optimizers")):
+    for name, module in (
+        ("triton", "triton"),
+        ("flash_attn", "flash_attn"),
+        ("flash_attn_3", "flash_attn_interface"),
+        ("apex", "apex.optimizers"),
+    ):
         why = _why_not_importable(module)
         version = getattr(sys.modules.get(name), "__version__", None)
         found[name] = (f"{version}" if version else "installed") if why is None else why
@@ -154,6 +187,11 @@ def status() -> dict[str, str]:
         for kind in kinds:
             backend, why = choose(op, kind)
             found[f"{op} on {kind}"] = f"{backend} ({why})" if why else backend
+    for kind in ATTENTION:
+        reasons = attention_backends(kind)
+        found[f"attention on {kind}"] = "the fastest of " + ", ".join(name for name, why in reasons.items() if not why)
+        missing = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+        found[f"attention on {kind}"] += f" ({missing})" if missing else ""
     found["bf16"] = (
         "fast" if is_bf16_fast("cuda" if torch.cuda.is_available() else "cpu") else "not fast on this machine"
     )
@@ -169,7 +207,9 @@ def _why_not(backend: str) -> str | None:
         return None if is_there else what
     if not torch.version.cuda:
         return f"torch {torch.__version__} has no CUDA"
-    return _why_not_importable(backend.replace("-", "_"))
+    if backend == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "torch has no cuDNN"
+    return None if backend in ("flash", "efficient") else _why_not_importable(_FLASH_ATTN_MODULES.get(backend, backend))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from . import choices
 from .backends import status
 
 
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; exit code 0 whatever is missing."""
-    found = status()
+    found = {**status(), **measured()}
     if args.json:
         print(json.dumps(found))
         return 0
@@ -24,6 +25,14 @@ def run(args: argparse.Namespace) -> int:
     for name, value in found.items():
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def measured() -> dict[str, str]:
+    """What was chosen by measurement, for which shape on which device."""
+    return {
+        f"attention of {case.get('shape')} {case.get('dtype')}": f"{choice} on {case.get('device')}"
+        for case, choice in choices.recorded("attention")
+    }
 
 
 if __name__ == "__main__":

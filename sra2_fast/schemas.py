@@ -4,6 +4,7 @@
     features.json of features beside latents (data/layouts/feature_shards.py)
     state.json    of a checkpoint (checkpoints/training.py)
     dataset.json  of REPA and SRA (data/layouts/vae_sd.py)
+    choices.json  of the user's cache folder (choices.py)
 
 A file of ours also proves itself: its entry `seal` is the SHA-256 of all its others, so that a digit or a letter that
 changed on the disk is noticed. Files of earlier versions have none and are read without. Unknown entries are ignored.
@@ -131,6 +132,21 @@ class State(BaseModel):
     run: dict[Text, Any] = {}
     optimizer: OptimizerEntry | None = None
     pending: list[tuple[Number, Number, Number]] = []
+    choices: dict[Text, Text] = {}
+
+
+class Measured(BaseModel):
+    """What was the fastest, and the milliseconds of every candidate."""
+
+    name: Text
+    ms: dict[Text, FromZero]
+
+
+class Choices(BaseModel):
+    """choices.json; a key is what was asked, as JSON."""
+
+    format: Literal[1]
+    choices: dict[Text, Measured]
 
 
 class LabelledFiles(BaseModel):

@@ -22,6 +22,15 @@ def _same_draws_every_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _measured_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine's user has measured is neither read nor written."""
+    file = tmp_path_factory.mktemp("cache") / "choices.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sra2_fast.choices.cache_file", lambda: file)
+        yield
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sra2_fast import Aligner, LossOutput, SiT, SRA2Loss
+from sra2_fast import Aligner, LossOutput, SiT, SRA2Loss, choices
+from sra2_fast.errors import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -102,11 +104,29 @@ def step_on_several(case: str, rank: int) -> dict[str, torch.Tensor]:
     return {"loss": mean_loss / PROCESSES, **gradients(model), **(gradients(aligner) if aligner else {})}
 
 
+def chosen_by(rank: int, folder: Path) -> list[str]:
+    """What a rank is told where each would choose otherwise, and where nothing runs on rank 0."""
+    choices.cache_file = lambda: folder / f"choices-{rank}.json"
+    ways = ("a", "b") if rank == 0 else ("b", "a")
+    slow, fast = (lambda: time.sleep(0.003)), (lambda: None)
+    told = choices.choose("op", {}, ways, lambda: dict(zip(ways, (fast, slow), strict=True)), torch.device("cpu"))
+    try:
+        choices.choose("op", {}, ["c"], lambda: {"c": broken if rank == 0 else fast}, torch.device("cpu"))
+    except InputError as error:
+        return [told.name, str(error)]
+    return [told.name]
+
+
+def broken() -> None:
+    raise RuntimeError("no kernel")
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=180))
     try:
+        torch.save(chosen_by(rank, Path(folder)), Path(folder) / f"choice-{rank}.pt")
         for case in CASES:
             torch.save(step_on_several(case, rank), Path(folder) / f"{case}-{rank}.pt")
     finally:
@@ -120,6 +140,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(worker, (port, str(tmp_path)), nprocs=PROCESSES)
+    for rank in range(PROCESSES):
+        assert torch.load(tmp_path / f"choice-{rank}.pt") == ["a", "op: none of c runs on cpu (c: no kernel)"]
     for case, (_, options) in CASES.items():
         model = build(options)
         aligner = aligner_of(model) if model.align_depth is None else None

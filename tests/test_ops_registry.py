@@ -49,16 +49,30 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choose_names_the_backend_and_why_no_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
     forget(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(backends, "_why_not_importable", lambda name: None if name == "flash_attn" else "not installed")
+    monkeypatch.setattr(backends, "_why_not_importable", lambda name: "not installed")
     monkeypatch.setattr(backends, "_load_extension", lambda kind: (True, "loaded"))
     assert backends.choose("layer_norm_modulate", "cuda") == ("cuda c++", "triton: not installed")
     assert backends.choose("layer_norm_modulate", "cpu") == ("c++", "")
     assert backends.choose("alignment_velocity_loss", "cuda") == ("pytorch", "triton: not installed")
-    assert backends.choose("attention", "cuda") == ("flash-attn", "")
     assert backends.choose("adamw_ema", "mps") == ("pytorch", "")
     assert backends.fused_devices("adamw_ema") == {"cpu"}
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert backends.choose("attention", "cuda") == ("pytorch", f"flash-attn: torch {torch.__version__} has no CUDA")
+    no_cuda = f"torch {torch.__version__} has no CUDA"
+    assert backends.choose("adamw_ema", "cuda") == ("pytorch", f"triton: {no_cuda}")
+
+
+def test_attention_says_what_there_is_and_why_not_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "_why_not_importable", lambda name: None if name == "flash_attn" else "not installed")
+    assert backends.status()["attention on cuda"] == (
+        "the fastest of flash-attn, flash, efficient, sdpa (flash-attn-3: not installed; cudnn: torch has no cuDNN)"
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends.attention_backends("cuda")["flash"] == f"torch {torch.__version__} has no CUDA"
+    assert backends.attention_backends("cpu") == {"sdpa": "", "matmul": ""}
+    assert backends.attention_backends("cpu", is_bf16=False) == {"sdpa": "", "matmul": "needs bf16"}
+    assert backends.attention_backends("mps") == {"sdpa": ""}
 
 
 def test_info_is_true_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -32,12 +33,17 @@ pytestmark = pytest.mark.training
 TINY = "32,2,2,8"  # hidden size, depth, heads, patch size
 DIM, DEPTH, PATCH, TOKENS, BATCH = 32, 2, 8, 16, 3
 ROWS = ("baseline", "sra2-cosine", "sra2-smooth-l1", "sra")
-SETTING = Setting(TINY, BATCH, "bf16", "fused", False, torch.device("cpu"))
+SETTING = Setting(TINY, BATCH, "bf16", "fused", False, torch.device("cpu"), "sdpa")
 
 
 @functools.cache
 def traced(row: str) -> tuple[StepRow, list[Operator]]:
     return ledger.trace(row, SETTING)
+
+
+def packed(row: str) -> list[Operator]:
+    """The operators of the step with flash-attn."""
+    return ledger.trace(row, dataclasses.replace(SETTING, attention="flash-attn"))[1]
 
 
 @functools.cache
@@ -129,9 +135,34 @@ def test_the_rest_belongs_where_it_is_called() -> None:
     assert not {"convolution", "clone"} & set(norms) and "convolution" not in names["embedder products"]
 
 
+def test_flash_attn_leaves_nothing_to_stack() -> None:
+    """It reads q, k, v in the projection and writes dq, dk, dv into its gradient, whose views cost nothing."""
+    _, before = traced("sra2-cosine")
+    after = packed("sra2-cosine")
+    difference = collections.Counter(one.name for one in after)
+    difference.subtract(one.name for one in before)
+    sdpa, ours = "aten::_scaled_dot_product_flash_attention_for_cpu", "flash_attn_stand_in::_flash_attn"
+    assert {name: count for name, count in difference.items() if count} == {
+        "aten::stack": -DEPTH,
+        sdpa: -DEPTH,
+        f"{sdpa}_backward": -DEPTH,
+        f"{ours}_forward": DEPTH,
+        f"{ours}_backward": DEPTH,
+    }
+    assert not [one for one in after if one.part == step_parts.STACKING]
+    tokens, heads = BATCH * TOKENS * DIM * 2, BATCH * 2  # bytes of one of q, k, v, out; logsumexps are float32
+    of = {one.name: one for one in after}
+    assert of[f"{ours}_forward"].bytes == 4 * tokens + 4 * heads * TOKENS + 16
+    # out, dout, q, k, v, the logsumexps and the generator's state; dq, dk, dv, and 128 sums of rows a head.
+    assert of[f"{ours}_backward"].bytes == 5 * tokens + 4 * heads * TOKENS + 16 + 3 * tokens + 4 * heads * 128
+    for name in ("forward", "backward"):
+        (want,) = {one[:1] + one[2:4] for one in before if one.part == f"attention {name}"}
+        assert of[f"{ours}_{name}"][:1] + of[f"{ours}_{name}"][2:4] == want
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_nothing_is_left_over(row: str) -> None:
-    _, operators = traced(row)
+    operators = [*traced(row)[1], *packed(row)]
     assert not [one for one in operators if one.part in (step_parts.OTHER, step_parts.NAMELESS_PRODUCTS)]
 
 
@@ -239,10 +270,11 @@ def test_attention_executes_padded_heads_and_a_second_product() -> None:
 
 @pytest.mark.parametrize("gpu", step_budget.GPUS)
 def test_every_peak_has_its_source(gpu: str) -> None:
-    peaks, sources = budget.read_peaks(gpu, "bf16")
-    assert len(sources) == 5 and all(len(source) > 20 for source in sources.values())
-    assert 7e14 < peaks.flop_per_s < 9e14 and 2e12 < peaks.bytes_per_s < 5e12
-    assert peaks.attention_backward_flop_per_s < peaks.attention_forward_flop_per_s < peaks.flop_per_s
+    for attention in ("flash", "flash-attn", "flash-attn-3"):
+        peaks, sources = budget.read_peaks(gpu, "bf16", attention)
+        assert len(sources) == 4 and all(len(source) > 20 for source in sources.values())
+        assert 7e14 < peaks.flop_per_s < 9e14 and 2e12 < peaks.bytes_per_s < 5e12
+        assert peaks.attention_backward_flop_per_s < peaks.attention_forward_flop_per_s < peaks.flop_per_s
 
 
 def test_a_prediction_can_be_derived_from_its_parts() -> None:
@@ -273,10 +305,27 @@ def test_a_prediction_is_a_table_a_line_and_a_plot(tmp_path: Path, capsys: pytes
         (line,) = [line for line in shown if line.startswith(f"  {part} ")]
         assert f"{one['bytes'] * 1e-9:.2f}" in line and f" {one['operators']} " in line
     told = "\n".join(shown)
+    assert "attention: flash (what runs where flash-attn is not installed" in told and record["attention"] == "flash"
     assert "other: 0.00 % of the bytes" in told and "source of copy_bytes_per_s: measured on an H100" in told
     assert f"launches: {record['operators']} operators, 0.9 us each that overlaps nothing" in told
     assert picture.stat().st_size > 1000
     assert plot.main(["step_budget", str(file), str(tmp_path / "again.svg")]) == 0
+
+
+def test_a_prediction_with_flash_attn(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("auto", "flash-attn", "flash-attn-3"):
+        assert step_budget.main(["--model", TINY, "--batch-size", "3", "--attention", name]) == 0
+        told = capsys.readouterr().out
+        assert (f"attention: {name} (--attention)" in told) == (name != "auto")
+        assert ("stacking dq, dk, dv" in told) == (name == "auto")
+
+
+@needs_extension
+def test_a_measured_step_says_which_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", TINY, "--batch-size", "2", "--device", "cpu", "--precision", "bf16", "--steps", "1"]
+    assert step_budget.main([*arguments, "--attention", "matmul"]) == 0
+    told = capsys.readouterr().out
+    assert "attention matmul (as asked)" in told and "attention backward" in told
 
 
 @needs_extension
@@ -325,6 +374,11 @@ def test_a_gpus_time_is_that_of_the_kernels_under_a_mark() -> None:
             ["--precision", "fp32"],
             "--precision fp32 has no product rate for h200 in .*peaks.json; use bf16, or measure",
         ),
+        (
+            ["--attention", "cudnn"],
+            "--attention cudnn has no published rate for h200 in .*; use one of flash, flash-attn,",
+        ),
+        (["--attention", "flash", "--device", "cpu"], r"--attention must be one of auto, .* got flash \(not for cpu\)"),
         (["--model", "SiT-M/3"], "--model SiT-M/3 is not known"),
         (["--plot", "x.png"], "--plot draws what --json FILE holds; give both"),
         (["--json", "."], r"step_budget: --json \. cannot be written \(Is a directory\); name another file"),

@@ -33,6 +33,7 @@ KEYS = {
     "implementation": str,
     "precision": str,
     "compiled": bool,
+    "attention": str,
     "device": str,
     "ms_median": float,
     "ms_p20": float,

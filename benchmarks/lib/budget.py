@@ -44,8 +44,11 @@ class Peaks:
         return max(self.floor_ms(operator), 1e3 * operator.executed_flops / rate)
 
 
-def read_peaks(gpu: str, precision: str) -> tuple[Peaks, dict[str, str]]:
-    """The peaks of "h100" or "h200" and the source of each. Raises InputError for a precision that has none."""
+def read_peaks(gpu: str, precision: str, attention: str) -> tuple[Peaks, dict[str, str]]:
+    """The peaks of "h100" or "h200", with the rates of this attention backend, and the source of each.
+
+    Raises InputError for a precision or a backend that has none.
+    """
     entry = json.loads((RESULTS / "peaks.json").read_text(encoding="utf-8"))[gpu]
     products = f"{precision}_flop_per_s"
     if products not in entry:
@@ -53,16 +56,22 @@ def read_peaks(gpu: str, precision: str) -> tuple[Peaks, dict[str, str]]:
             f"step_budget: --precision {precision} has no product rate for {gpu} in benchmarks/results/peaks.json; "
             "use bf16, or measure with --device"
         )
-    values = {key: one["value"] for key, one in entry.items() if key != "name"}
-    sources = {key: one["source"] for key, one in entry.items() if key != "name"}
+    if attention not in entry["attention"]:
+        raise InputError(
+            f"step_budget: --attention {attention} has no published rate for {gpu} in benchmarks/results/peaks.json; "
+            f"use one of {', '.join(entry['attention'])}, or measure with --device"
+        )
+    rates = entry["attention"][attention]
+    peaks = {key: one for key, one in entry.items() if key not in ("name", "attention")}
+    sources = {key: one["source"] for key, one in peaks.items()}
     return Peaks(
         name=entry["name"],
-        flop_per_s=values[products],
-        bytes_per_s=values["copy_bytes_per_s"],
-        attention_forward_flop_per_s=values["attention_forward_flop_per_s"],
-        attention_backward_flop_per_s=values["attention_backward_flop_per_s"],
-        launch_s=values["launch_s"],
-    ), sources
+        flop_per_s=peaks[products]["value"],
+        bytes_per_s=peaks["copy_bytes_per_s"]["value"],
+        attention_forward_flop_per_s=rates["forward_flop_per_s"],
+        attention_backward_flop_per_s=rates["backward_flop_per_s"],
+        launch_s=peaks["launch_s"]["value"],
+    ), {**sources, "attention": rates["source"]}
 
 
 def parts_of(operators: Sequence[Operator], peaks: Peaks) -> dict[str, Record]:
@@ -103,13 +112,17 @@ def totals(parts: Mapping[str, Record]) -> Record:
 
 
 GUARDED = ("bytes", "bytes_outside_products", "operators")
-CASE = ("model", "batch_size", "precision", "implementation", "row")
+CASE = ("model", "batch_size", "precision", "implementation", "row", "attention")
+DEFAULT_ATTENTION = "flash"  # predicted: of what an install without flash-attn has, the one with a published rate
 
 
 def last_recorded(lines: Iterable[str], case: Record) -> Record | None:
     """The last of these JSON lines about the same step as `case`, for whatever GPU; None where there is none."""
     records = [json.loads(line) for line in lines if line.strip()]
-    same = [one for one in records if all(one.get(key) == case[key] for key in CASE)]
+    # Lines from before there was a choice are the default's.
+    same = [
+        one for one in records if all({"attention": DEFAULT_ATTENTION, **one}.get(key) == case[key] for key in CASE)
+    ]
     return same[-1] if same else None
 
 

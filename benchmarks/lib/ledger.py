@@ -8,6 +8,7 @@ without CUDA a fake CUDA product aborts the process. `Ledger` works as well on a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sra2_fast import backends
 from sra2_fast.layers import plain
+from sra2_fast.layers.attention import Attention
+from sra2_fast.ops.attention import SDPA, Backend
 from sra2_fast.optim import shadow_weights
 
-from . import step_parts
+from . import flash_attn_stand_in, step_parts
 from .step_parts import CASTS, FROZEN_PRODUCTS
 from .step_rows import Setting, StepRow
 
@@ -136,13 +139,26 @@ def trace(row: str, setting: Setting) -> tuple[StepRow, list[Operator]]:
     """The step of this row and the operators of its second step, on fake tensors: the first one makes the state."""
     with warnings.catch_warnings(), _FakeTensorMode(), as_on_cuda():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy does
-        step = StepRow(row, setting)
+        step = StepRow(row, dataclasses.replace(setting, attention=SDPA.name))  # nothing to be measured here
+        set_attention(step, setting.attention)
         ledger = Ledger(step)
         with ledger:
             step()
             ledger.operators.clear()
             step()
     return step, ledger.operators
+
+
+def set_attention(step: StepRow, name: str) -> None:
+    """The step's attention reads and writes what the backend `name` does on a GPU. flash-attn need not be installed;
+    all of PyTorch's own kernels read and write what its flash kernel on a CPU does."""
+    packed, separate = flash_attn_stand_in.flash_attn_qkvpacked_func, flash_attn_stand_in.flash_attn_func
+    backend = Backend(name, separate, packed, None, None) if name.startswith("flash-attn") else SDPA
+    for network in (step.sit, step.step.teacher):
+        for module in network.modules() if network is not None else ():
+            if isinstance(module, Attention):
+                module.backend = backend
+    step.step.choices["attention"] = name
 
 
 @contextlib.contextmanager

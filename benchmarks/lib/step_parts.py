@@ -120,7 +120,7 @@ def is_product(func: Any) -> bool:
 
 def is_attention(name: str) -> bool:
     """Whether the operator is softmax(q k^T) v in one, or its backward."""
-    return "scaled_dot_product" in name or name.startswith("flash_attn::")
+    return "scaled_dot_product" in name or "attention_matmul" in name or name.startswith("flash_attn")
 
 
 def is_backward(name: str) -> bool:
@@ -136,8 +136,10 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     name = func._schema.name
     if is_attention(name):
         q, k = args[1:3] if is_backward(name) else args[:2]
+        if "attention_matmul" in name:  # of the packed projection
+            q = k = (args[1] if is_backward(name) else args[0])[:, :, 0]
         head_dim = q.shape[-1]
-        keys = k.shape[1] if name.startswith("flash_attn::") else k.shape[2]
+        keys = k.shape[2] if "scaled_dot_product" in name else k.shape[1]
         forward = 4 * q.numel() * keys
         padded = forward // head_dim * (-(-head_dim // _ATTENTION_TILE) * _ATTENTION_TILE)
         return (2 * forward, 5 * padded // 2) if is_backward(name) else (forward, padded)
@@ -176,11 +178,13 @@ def bytes_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     """
     schema = func._schema
     is_overwriting = schema.name.split("::")[-1] in _OVERWRITING
+    is_gradient_of_attention = is_attention(schema.name) and is_backward(schema.name)
     total = 0
     for index, argument in enumerate(schema.arguments):
         value = args[index] if index < len(args) else kwargs.get(argument.name)
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         is_overwritten = (is_overwriting and index == 0) or (schema.name, argument.name) in _OVERWRITTEN
+        is_overwritten |= is_gradient_of_attention and argument.name in ("dq", "dk", "dv")
         write_only = is_written and (argument.is_out or is_overwritten)
         total += sum(map(tensor_bytes, tensors_in(value))) * (2 if is_written and not write_only else 1)
     results = out if isinstance(out, tuple | list) else (out,)

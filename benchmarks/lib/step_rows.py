@@ -58,6 +58,7 @@ class Setting:
     implementation: str
     is_compiled: bool
     device: torch.device
+    attention: str = "auto"  # a backend of `backends.ATTENTION`
 
     def config(self) -> dict[str, Any]:
         """The model's configuration, projector left out. Raises InputError for one that cannot be built."""
@@ -84,10 +85,16 @@ def add_setting_arguments(parser: ArgumentParser, cpu_batch_size: int) -> None:
     parser.add_argument("--batch-size", type=int, help=f"images a step [{cpu_batch_size}; on a GPU 32]")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    add_attention_argument(parser)
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--steps", type=int, help="timed rounds, one step of each")
     parser.add_argument("--json", metavar="FILE", help="append the records as JSON lines")
     parser.set_defaults(cpu_batch_size=cpu_batch_size)
+
+
+def add_attention_argument(parser: ArgumentParser) -> None:
+    names = dict.fromkeys(name for names in backends.ATTENTION.values() for name in names)
+    parser.add_argument("--attention", choices=("auto", *names), default="auto", help="[auto: the fastest]")
 
 
 def resolve_setting(args: Namespace, op: str, implementation: str | None, rounds: tuple[int, int]) -> Setting:
@@ -114,7 +121,8 @@ def resolve_setting(args: Namespace, op: str, implementation: str | None, rounds
         raise InputError(f"{op}: --precision tf32 is for a GPU; use fp32 or bf16 on the CPU")
     model = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
     chosen = chosen_implementation(implementation, name, op)
-    setting = Setting(model, batch_size, precision, chosen, args.compile, torch.device(name))
+    backends.check_attention(op, "--attention", args.attention, name, precision == "bf16")
+    setting = Setting(model, batch_size, precision, chosen, args.compile, torch.device(name), args.attention)
     setting.config()
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -199,7 +207,9 @@ class StepRow:
             label_dropout=config["class_dropout_prob"],
             teacher=self._compiled(self.average) if target == "teacher" else None,
             encoder=self._compiled(self.encoder),
+            attention=setting.attention,
         )
+        self.chosen = self.step.choose(setting.batch_size)
 
     def _compiled(self, network: Any) -> Any:
         """As training has it, block by block; what is public is compiled as a whole, the strongest rival."""
@@ -237,6 +247,7 @@ class StepRow:
             "implementation": setting.implementation,
             "precision": setting.precision,
             "compiled": setting.is_compiled,
+            "attention": self.step.choices.get("attention"),
         }
 
     def persistent_bytes(self) -> int:

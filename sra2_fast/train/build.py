@@ -30,6 +30,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if backends.is_bf16_fast(device) else "fp32"
+    backends.check_attention("train", "--attention", options.attention, device, precision == "bf16")
     on_gpu = device == "cuda"
     depth = model_sizes(options.model, "train")["depth"]
     for name in ("align_depth", "teacher_depth"):

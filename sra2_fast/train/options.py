@@ -122,6 +122,9 @@ class TrainOptions:
     )
     device: Literal["auto", "cpu", "cuda"] = _changeable("auto", "where to train")
     implementation: Literal["auto", "eager", "fused"] = _changeable("auto", "fused ops, or PyTorch's own")
+    attention: Literal["auto", "sdpa", "matmul", "flash-attn-3", "flash-attn", "cudnn", "flash", "efficient"] = (
+        _changeable("auto", "what computes it; auto: the fastest here, measured once and kept on resume")
+    )
     optimizer: Literal["adamw-ema", "apex"] = _changeable(
         "adamw-ema", "ours, or NVIDIA apex's fused AdamW where it imports"
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
 from ..models import LossOutput
+from ..models.attention import choose_attention
 from ..objective import SRA2Loss, unwrapped
 from ..optim import AdamWEMA
 from ..recipe import UpdateSchedule
@@ -46,6 +47,8 @@ class TrainStep:
     autocast_dtype: bfloat16, or None for none. label_dropout: share of labels replaced by the null label.
     teacher: the EMA copy, for target="teacher". encoder: images (B, 3, H, W) uint8 -> features (B, N, F), for
         target="features" online.
+    attention: a backend of attention (`sra2-fast info`), or "auto": what `choices` says, else the fastest, which the
+        first step measures. choices: {op: name} that a resumed run was trained with; then what this one runs.
     step: steps done so far, from which a resumed run counts on. history: figures since the last log point.
     """
 
@@ -62,15 +65,21 @@ class TrainStep:
         label_dropout: float = 0.0,
         teacher: nn.Module | None = None,
         encoder: Callable[[Tensor], Tensor] | None = None,
+        attention: str = "auto",
+        choices: Mapping[str, str] | None = None,
         step: int = 0,
     ) -> None:
         self.network, self.loss_fn, self.optimizer, self.history = network, loss_fn, optimizer, history
         self.device, self.schedule, self.autocast_dtype = device, schedule, autocast_dtype
         self.label_dropout, self.teacher, self.encoder = label_dropout, teacher, encoder
+        self.attention, self.choices = attention, dict(choices or {})
+        self._has_chosen = False
         self.step = step
 
     def __call__(self, microbatches: Sequence[Batch]) -> StepResult:
         """One step on a batch cut into microbatches, each weighted by its share of the samples."""
+        if not self._has_chosen:
+            self.choose(max(len(batch.labels) for batch in microbatches))
         if self.schedule is not None:
             settings = self.schedule.at(self.step + 1)
             for group in self.optimizer.param_groups:
@@ -98,6 +107,25 @@ class TrainStep:
         if self.autocast_dtype is not torch.bfloat16 or microbatches != 1 or not can_shadow or not is_alone:
             return contextlib.nullcontext()
         return optimizer.bf16_weights(self.network, unwrapped(self.network).float32_gradients())
+
+    def choose(self, batch_size: int) -> list[str]:
+        """Settle what measurement decides, for this many samples at once; in words, what was chosen and how.
+
+        The first step does it where nobody has. Raises InputError for an `attention` that cannot run here.
+        """
+        self._has_chosen = True
+        choice = choose_attention(
+            (self.network, self.teacher),
+            batch_size,
+            device=self.device,
+            autocast_dtype=self.autocast_dtype,
+            wanted=self.attention,
+            kept=self.choices.get("attention"),
+        )
+        if choice is None:
+            return []
+        self.choices["attention"] = choice.name
+        return [f"attention {choice}"]
 
     def _backward(self, batch: Batch, share: float) -> tuple[Tensor, ...]:
         """Adds the gradient of this microbatch's share of the loss; returns that share of (total, velocity, align)."""
