@@ -181,3 +181,15 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_run(
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and message in error, error
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_optimizer_s_state_cannot_go_on_and_is_for_init(tmp_path: Path) -> None:
+    file, _ = write_public(tmp_path, "sit")
+    assert main(["convert", str(file), "--out", str(tmp_path / "sit"), "--num-heads", "3"]) == 0
+    given = {**options(tmp_path, "sit", num_classes=10), "init": None, "resume": str(tmp_path / "sit")}
+    with pytest.raises(
+        InputError, match=r"has no 'optimizer'\); choose another --resume, or start from its weights wi"
+    ):
+        train(tiny(tmp_path / "run", steps=1, **given))
+    again = {**given, "init": str(tmp_path / "sit"), "resume": "auto"}
+    assert train(tiny(tmp_path / "run", steps=1, **again)).step == 1

@@ -74,7 +74,7 @@ def check_same_run(checkpoint: Checkpoint, run: dict[str, Any], resume: str) -> 
     if missing:
         raise InputError(
             f"checkpoint {checkpoint.path}: not of sra2-fast train (its state.json has no {missing[0]!r}); "
-            "choose another --resume"
+            "choose another --resume, or start from its weights with --init"
         )
     before = _as_today(checkpoint.state["run"], run)
     differing = [name for name, value in run.items() if before[name] != value]
