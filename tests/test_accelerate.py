@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_transformer import aligner_of, transformer
 from models import small_model
 from tolerance import allowed
 
 from sra2_fast import SiT, SRA2Loss
 from sra2_fast.data import Batch, make_loader, open_data
+from sra2_fast.ops.patchify import patchify
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.diagnosis import StepHistory
 from sra2_fast.train.step import TrainStep
@@ -123,3 +125,23 @@ def test_save_state_and_load_state_go_on_bitwise(batches: list[Batch], tmp_path:
     assert first[0] + second[0] == whole[0]
     for name, value in whole[1].items():
         assert torch.equal(second[1][name], value), name
+
+
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_an_aligner_is_prepared_like_a_model(precision: str) -> None:
+    """Its loss and gradients with accelerate's autocast around the model and around itself are those of the loop."""
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    z, found = torch.randn(3, 4, 8, 8), []
+    for is_prepared in (False, True):
+        net = transformer()
+        aligner = aligner_of(net)
+        optimizer = torch.optim.AdamW([*net.parameters(), *aligner.parameters()])
+        called: Any = (net, aligner)
+        if is_prepared:
+            *called, optimizer = accelerator.prepare(net, aligner, optimizer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and not is_prepared):
+            losses = called[1](z, called[0](z), patchify(z.flip(0), 2))
+        accelerator.backward(losses.total)
+        found.append([losses.total.detach(), *(p.grad for one in (net, aligner) for p in one.parameters())])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want) if got is not None else want is None

@@ -61,6 +61,10 @@ def repa_data() -> None:
     table = Path("data/imagenet256/vae-sd/dataset.json")
     labels = [[name, number % 10] for number, (name, _) in enumerate(json.loads(table.read_text())["labels"])]
     table.write_text(json.dumps({"labels": labels}))
+    folder = Path("data/imagenet256/features/00000")
+    folder.mkdir(parents=True)
+    for number in range(len(labels)):
+        np.save(folder / f"img-features-{number:08d}.npy", draw(16, seed=number)[0, :, :2].reshape(16, 8))
 
 
 def sit(photos: Path) -> None:
