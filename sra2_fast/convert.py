@@ -56,6 +56,8 @@ def _to_ours(file: Path, out: Path, source: str, told: Told) -> str:
 
     if list_checkpoints(out / "checkpoints"):
         raise InputError(f"convert: --out {out} already holds a run; choose another folder")
+    if file.is_dir() and any((file / name).exists() for name in ("checkpoints", "state.json", "config.json")):
+        raise InputError(f"convert: {file} is of ours already; give --to sit or --to repa")
     checkpoint = read_public(file)
     opened = {name: convert_weights(checkpoint, file, name, source, told) for name in checkpoint.weights}
     about = opened.get("model") or opened["ema"]

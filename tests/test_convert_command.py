@@ -204,6 +204,12 @@ def spoiled(change: Any) -> Any:
         ([1, 2], "holds list, not weights; give a state dict"),
         ({"epoch": 3}, 'no weights under "ema", "model" or "state_dict" (it holds epoch)'),
         ({"model": {"a": 3}}, "model['a'] is no tensor"),
+        ({0: torch.ones(1)}, 'no weights under "ema", "model" or "state_dict" (it holds 0)'),
+        ({"ema": {0: torch.ones(1)}}, "ema[0] is no tensor"),
+        (
+            spoiled(lambda s: s.update(projectors=torch.ones(2), ap_head=torch.ones(2))),
+            "ap_head is (2,) there and absent",
+        ),
         ({"model": {"conv.weight": torch.ones(3)}}, "is no SiT, which has pos_embed"),
         (spoiled(lambda s: s.pop("blocks.1.attn.qkv.bias")), "blocks.1.attn.qkv.bias is absent there and (72,) in"),
         (spoiled(lambda s: s.update(extra=torch.ones(2))), "extra is (2,) there and absent in a SiT of these sizes"),
@@ -243,7 +249,13 @@ def test_options_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.Captur
     heads = ("--num-heads", 3)
     out = ("--out", tmp_path / "run")
     assert "2 blocks of width 24 are no public size, so say the heads (--num-heads)" in complaint(capsys, file, *out)
-    assert "hidden_size must be divisible by num_heads = 5" in complaint(capsys, file, *out, "--num-heads", 5)
+    for heads_given, words in (
+        (5, "hidden_size must be divisible by num_heads = 5"),
+        (0, "num_heads must be a positive"),
+    ):
+        said = complaint(capsys, file, *out, "--num-heads", heads_given)
+        assert f"checkpoint {file}: SiT: " in said and words in said
+    assert "has 11 labels, which are not 0 classes" in complaint(capsys, file, *out, *heads, "--num-classes", 0)
     assert "is of repa, where time runs the other way than in sit" in complaint(
         capsys, file, *out, *heads, "--source", "sit"
     )
@@ -254,6 +266,9 @@ def test_options_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.Captur
     assert "must end in .pt or .safetensors for --to sit" in complaint(capsys, file, *out, *heads, "--to", "sit")
     assert main(["convert", str(file), "--out", str(tmp_path / "run"), "--num-heads", "3"]) == 0
     capsys.readouterr()
+    assert "is of ours already; give --to sit or --to repa" in complaint(
+        capsys, tmp_path / "run", "--out", tmp_path / "other"
+    )
     assert "already holds a run; choose another folder" in complaint(capsys, file, *out, *heads)
     (tmp_path / "there.pt").write_bytes(b"mine")
     said = complaint(capsys, file, "--out", tmp_path / "there.pt", *heads, "--to", "sit")

@@ -187,9 +187,16 @@ def test_what_has_no_optimizer_s_state_cannot_go_on_and_is_for_init(tmp_path: Pa
     file, _ = write_public(tmp_path, "sit")
     assert main(["convert", str(file), "--out", str(tmp_path / "sit"), "--num-heads", "3"]) == 0
     given = {**options(tmp_path, "sit", num_classes=10), "init": None, "resume": str(tmp_path / "sit")}
-    with pytest.raises(
-        InputError, match=r"has no 'optimizer'\); choose another --resume, or start from its weights wi"
-    ):
+    with pytest.raises(InputError, match=r"choose another --resume, or start from its weights with --init"):
         train(tiny(tmp_path / "run", steps=1, **given))
     again = {**given, "init": str(tmp_path / "sit"), "resume": "auto"}
     assert train(tiny(tmp_path / "run", steps=1, **again)).step == 1
+
+
+def test_latents_of_another_scale_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """REPA's are SD-VAE's, scaled by 0.18215; these are told to be scaled by 1, and then as REPA's."""
+    words = "was trained on latents with another shift or scale ([0.0, 0.0, 0.0, 0.0], [0.18215, 0.18215, 0.18215"
+    train(tiny(tmp_path / "other", steps=1, **options(tmp_path, "repa")))
+    assert words in capsys.readouterr().out
+    train(tiny(tmp_path / "same", steps=1, **options(tmp_path, "repa", latent_scale="0.18215")))
+    assert "another shift or scale" not in capsys.readouterr().out

@@ -61,8 +61,9 @@ def model_config(
     if linears:
         recorded = args.get("encoder_depth", args.get("block_out_s"))
         target = _TARGETS.get(source, "vae")
-        align_depth = told.align_depth or recorded or recipe.align_depth(registry_name(config), depth, target)
-        if not (told.align_depth or recorded):
+        align_depth = recorded if told.align_depth is None else told.align_depth
+        if align_depth is None:
+            align_depth = recipe.align_depth(registry_name(config), depth, target)
             notes.append(f"the projector is taken to read block {align_depth}, which its file does not tell")
         config |= {
             "align_depth": align_depth,
@@ -85,8 +86,11 @@ def registry_name(config: Mapping[str, Any]) -> str:
 
 def check_fits(state: Weights, config: Mapping[str, Any], op: str) -> None:
     """Raise InputError unless the weights have the names and shapes of `SiT(**config)`."""
-    with torch.device("meta"):
-        own = SiT(**config).state_dict()
+    try:
+        with torch.device("meta"):
+            own = SiT(**config).state_dict()
+    except InputError as error:
+        raise InputError(f"{op}: {error}") from error
     for name in [*own, *state]:
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(state[name].shape) if name in state else "absent"
@@ -109,7 +113,7 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], told: Told, o
     rows = len(state[_LABELS])
     section = args.get("data")
     recorded = section.get("num_classes") if isinstance(section, Mapping) else args.get("num_classes")
-    num_classes = told.num_classes or recorded
+    num_classes = recorded if told.num_classes is None else told.num_classes
     if num_classes is None:
         note = f"{rows} labels are taken to be {rows - 1} classes and the null label (num_classes says otherwise)"
         return rows - 1, recipe.LABEL_DROPOUT, [note] if rows != 1001 else []
@@ -121,7 +125,8 @@ def _classes(state: Mapping[str, Tensor], args: Mapping[str, Any], told: Told, o
 
 def _num_heads(state: Mapping[str, Tensor], depth: int, hidden: int, told: Told, op: str) -> int:
     norm = state.get("blocks.0.attn.q_norm.weight")
-    heads = told.num_heads or (hidden // len(norm) if norm is not None else _HEADS.get((depth, hidden)))
+    heads = hidden // len(norm) if norm is not None else _HEADS.get((depth, hidden))
+    heads = heads if told.num_heads is None else told.num_heads
     if heads is None:
         raise InputError(f"{op}: {depth} blocks of width {hidden} are no public size, so say the heads (--num-heads)")
     return heads

@@ -74,13 +74,15 @@ def our_names(state: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in state:
         first, *rest = name.split(".")
-        if first == "bn" or (first == "projectors" and rest[0] != "0"):
+        if first == "bn" or (first == "projectors" and rest[:1] != ["0"]):
             continue
-        if first == "decoder_blocks" and rest[0].isdecimal():  # REPA's first code counted anew after the projector
+        if (
+            first == "decoder_blocks" and rest and rest[0].isdecimal()
+        ):  # REPA's first code counts anew after the projector
             found[name] = ".".join(["blocks", str(int(rest[0]) + encoder_blocks), *rest[1:]])
         elif first == "projectors":
             found[name] = ".".join(["projector", *rest[1:]])
-        elif first == "ap_head" and rest[0] in _SRA_HEAD:
+        elif first == "ap_head" and rest and rest[0] in _SRA_HEAD:
             found[name] = ".".join(["projector", _SRA_HEAD[rest[0]], *rest[1:]])
         else:
             found[name] = name

@@ -80,17 +80,18 @@ def unpack(content: Any, op: str) -> PublicCheckpoint:
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{op}: holds {type(content).__name__}, not weights; give a state dict")
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+    if content and all(_is_entry(key, value) for key, value in content.items()):
         return PublicCheckpoint({"model": without_wrappers(content)})
     named = {"model": content.get("model", content.get("state_dict")), "ema": content.get("ema")}
-    weights = {name: without_wrappers(one) for name, one in named.items() if isinstance(one, Mapping) and one}
+    weights = {name: dict(one) for name, one in named.items() if isinstance(one, Mapping) and one}
     if not weights:
         keys = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise InputError(f'{op}: no weights under "ema", "model" or "state_dict" (it holds {keys})')
     for name, state in weights.items():
-        other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        other = next((key for key, value in state.items() if not _is_entry(key, value)), None)
         if other is not None:
             raise InputError(f"{op}: {name}[{other!r}] is no tensor; give a state dict of a SiT")
+    weights = {name: without_wrappers(state) for name, state in weights.items()}
     optimizer, step = content.get("opt"), content.get("steps", content.get("step", 0))
     return PublicCheckpoint(
         weights,
@@ -98,6 +99,10 @@ def unpack(content: Any, op: str) -> PublicCheckpoint:
         _recorded_options(content),
         step if isinstance(step, int) and step >= 0 else 0,
     )
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

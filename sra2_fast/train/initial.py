@@ -26,9 +26,10 @@ POSITIONS = "pos_embed"
 POSITIONS_TOLERANCE = 2.0**-7  # tables that went through bfloat16 are tables still
 
 
-def load_initial(model: SiT, options: TrainOptions) -> list[str]:
+def load_initial(model: SiT, options: TrainOptions, latents: dict[str, Any]) -> list[str]:
     """Copy the weights that --init names into the model, as far as it has a place for them; lines on what is new.
 
+    latents: how this run's latents become images again, as state.json has it.
     The averaged ones, where there are averages. New, and as the seed has them: labels of another number of classes
     (the null label is kept), a projector of other sizes, positions of another grid.
     Raises InputError naming --init where the sizes are not the model's.
@@ -51,6 +52,11 @@ def load_initial(model: SiT, options: TrainOptions) -> list[str]:
     notes = [f"starting from {opened.file} ({opened.source}, {about}){'; new: ' if new else ''}{', '.join(new)}"]
     if opened.path not in (None, options.path):
         notes.append(f"{opened.file} was trained on the {opened.path} path, this run is on --path {options.path}")
+    if opened.latents is not None and not _same_normalisation(opened.latents, latents):
+        notes.append(
+            f"{opened.file} was trained on latents with another shift or scale ({opened.latents['shift']}, "
+            f"{opened.latents['scale']}, here {latents['shift']}, {latents['scale']})"
+        )
     return [*notes, *opened.notes]
 
 
@@ -111,6 +117,16 @@ def _check_sizes(model: SiT, opened: OpenedWeights, options: TrainOptions) -> No
         if value != here[name]:
             way_out = options_of.get(name, f"--model {registry_name(there)}")
             raise InputError(f"train: --init {options.init} has {name} {value}, this run {here[name]}; give {way_out}")
+
+
+def _same_normalisation(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether shifts and scales agree to a hundredth of the latents' spread."""
+    if there["kind"] != here["kind"]:
+        return False
+    of_both = [[torch.tensor(one[name]).double() for one in (there, here)] for name in ("shift", "scale")]
+    (shift, own_shift), (scale, own_scale) = of_both
+    shifted = (shift - own_shift).abs() * own_scale
+    return bool(((scale / own_scale - 1).abs() <= 0.01).all() and (shifted <= 0.01).all())
 
 
 def _same_shapes(own: dict[str, Tensor], state: dict[str, Tensor], start: str) -> bool:

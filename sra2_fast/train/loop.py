@@ -96,7 +96,11 @@ class Trainer:
         changes = check_same_run(checkpoint, self.description, options.resume) if checkpoint else []
         self.checkpoint = checkpoint.path if checkpoint else None
         self.model = build.build_model(options, source)
-        notes = load_initial(self.model, options) if options.init is not None and checkpoint is None else []
+        notes = (
+            load_initial(self.model, options, self._latents_info())
+            if options.init is not None and checkpoint is None
+            else []
+        )
         self.model.to(self.device)
         self.loss_fn = build.build_loss(options)
         self.optimizer = build.build_optimizer(options, self.model)
