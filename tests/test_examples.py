@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,19 @@ def test_lora() -> None:
 def test_compile() -> None:
     torch._dynamo.reset()
     assert aligns(example("align_compile").main(steps=12, backend="aot_eager"))
+
+
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From photographs to samples, on a handful: every command ends well and leaves what it says."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("sklearn")
+    grid = example("quickstart").main(str(tmp_path / "run"), crops=8, autoencoder_steps=8, steps=4)
+    assert grid == tmp_path / "run" / "samples" / "grid.png" and image.open(grid).size[0] >= 4 * 32
+    assert len(list((tmp_path / "run" / "samples" / "images").glob("*.png"))) == 16
+    said = capsys.readouterr().out
+    assert said.count("$ sra2-fast ") == 4 and "16 latents of 4x16x16, each mirrored too, 2 classes" in said
+    assert re.search(r"decoded 8 of them: PSNR \d+\.\d dB on average", said)
+    assert image.open(tmp_path / "run" / "latents" / "verify.png").size[0] >= 4 * 64
 
 
 @pytest.fixture
