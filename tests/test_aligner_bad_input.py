@@ -49,14 +49,16 @@ def call_without_width() -> None:
     Aligner(model, "blocks.1", **GRID)
 
 
-def replace_block(model: Transformer) -> None:
+def replace_block(model: Transformer, aligner: Aligner) -> None:
     model.blocks[1] = Transformer.Block(12)
 
 
 IMAGE, WIDE = torch.zeros(3, 4, 8, 8), torch.zeros(3, 8, 8, 8)
 
 
-def call(*given: Tensor, change: Callable[[Transformer], None] | None = None, **changes: Any) -> Callable[[], None]:
+def call(
+    *given: Tensor, change: Callable[[Transformer, Aligner], object] | None = None, **changes: Any
+) -> Callable[[], None]:
     """A loss of three images, after something went wrong."""
 
     def wrong() -> None:
@@ -64,7 +66,7 @@ def call(*given: Tensor, change: Callable[[Transformer], None] | None = None, **
         aligner = aligner_of(model, **changes)
         model(IMAGE)
         if change is not None:
-            change(model)
+            change(model, aligner)
         aligner(*(given or (IMAGE,)))
 
     return wrong
@@ -74,6 +76,10 @@ BAD_CALLS: list[tuple[Callable[[], None], str]] = [
     (lambda: Aligner("model", "blocks.1", **GRID), "model must be a torch.nn.Module, got str"),  # type: ignore[arg-type]
     (call_without_width, "Transformer does not say how wide its tokens are; give hidden_size="),
     (call(change=replace_block), r"blocks\.1 was replaced \(by peft\?\) after it was attached"),
+    (
+        call(change=lambda model, aligner: aligner.to("meta")),
+        r"it is on meta, the model on cpu; move it: aligner\.to\(",
+    ),
     (call(hidden_size=48), r"the output of blocks\.1 must be \(B, N, D\) = \(3, 16, 48"),
     (call(IMAGE[:2]), r"\(B, N, D\) = \(2, 16, 12\), got \(3, 16, 12\)"),
     (call(select=lambda output: "text"), r"must be a tensor \(see select=\), got str"),

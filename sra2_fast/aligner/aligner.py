@@ -189,6 +189,10 @@ class Aligner(nn.Module):
                 "activations with use_reentrant=False"
             )
         first = next(self.projector.parameters())
+        if tokens.device != first.device:
+            raise InputError(
+                f"Aligner: it is on {first.device}, the model on {tokens.device}; move it: aligner.to(...)"
+            )
         return tokens.to(first.dtype)
 
     def _select(self, output: Any) -> Tensor:
