@@ -97,8 +97,6 @@ def _sample(args: argparse.Namespace) -> int:
         "decoder": decoder_plan,
         "precision": precision,
     }
-    if args.method == "dopri5":
-        plan["batch_size"] = args.batch_size  # it chooses its steps for a batch
     for note in (*origin.notes, *([decode.note] if decode.note else [])):
         print(note)
     about = {"checkpoint": str(origin.file), "model": model.config(), "versions": backends.versions()}
