@@ -77,6 +77,17 @@ def test_dopri5_finds_the_exact_flow(path: str) -> None:
     assert torch.allclose(got, MEAN + STD * noise, rtol=0, atol=1e-7)
 
 
+def test_dopri5_ends_a_step_where_guidance_sets_in_and_where_it_ends() -> None:
+    """The field jumps there. A step across cost accuracy, and what it cost depended on the batch."""
+    labels, noise = torch.tensor([3, 5]), torch.zeros(2, 2, 4, 4, dtype=torch.float64)
+    model = Guided()
+    got = sample_ode(model, noise, labels, method="dopri5", cfg_scale=2.5, guidance_interval=(0.3, 0.8))
+    expected = -(0.5 * (10 + 2.5 * (labels - 10.0)) + 0.5 * labels)
+    assert torch.allclose(got, expected[:, None, None, None].double().expand_as(got), rtol=0, atol=1e-12)
+    assert all(count == (4 if 0.3 <= t <= 0.8 else 2) for t, count in model.seen)
+    assert len(model.seen) < 60
+
+
 def test_one_euler_step_is_the_formula() -> None:
     noise, labels = draw()
     got = sample_ode(gaussian_model(), noise, labels, steps=1)

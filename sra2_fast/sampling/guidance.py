@@ -49,6 +49,10 @@ class GuidedVelocity:
             labels = torch.cat([labels, _null_labels(op, model, labels)])
         self._call = _SharedConditioning(model, labels) if _is_shareable(model) else _PlainCalls(model, labels)
 
+    def edges(self) -> list[float]:
+        """The times between 0 and 1 at which guidance sets in or ends: there the field jumps."""
+        return sorted({t for t in self._interval if 0.0 < t < 1.0 and self._cfg_scale != 1.0})
+
     def __call__(self, x: Tensor, t: float, t_decides: float) -> Tensor:
         low, high = self._interval
         if self._cfg_scale == 1.0 or not low <= t_decides <= high:

@@ -58,7 +58,7 @@ def sample_ode(
         raise must_be("sample_ode", "steps", "at least 1", steps)
     x = noise.to(torch.float64)
     if method == "dopri5":
-        return _dopri5(velocity, x, rtol, atol).to(noise.dtype)
+        return _dopri5(velocity, x, rtol, atol, velocity.edges()).to(noise.dtype)
     times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()
     for number, (t, t_next) in enumerate(itertools.pairwise(times), start=1):
         slope = velocity(x, t, t)
@@ -125,7 +125,8 @@ def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path: str = "line
     return -(x + (2 / math.pi) * (math.cos(theta) / math.sin(theta)) * velocity)
 
 
-def _dopri5(velocity: Velocity, x: Tensor, rtol: float, atol: float) -> Tensor:
+def _dopri5(velocity: Velocity, x: Tensor, rtol: float, atol: float, edges: list[float]) -> Tensor:
+    """edges: times at which the field jumps, where a step has to end."""
     try:
         from torchdiffeq import odeint
     except ImportError as error:
@@ -135,4 +136,5 @@ def _dopri5(velocity: Velocity, x: Tensor, rtol: float, atol: float) -> Tensor:
     def slope(t: Tensor, state: Tensor) -> Tensor:
         return velocity(state, float(t), float(t))
 
-    return odeint(slope, x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    options = {"jump_t": torch.tensor(edges, dtype=torch.float64, device=x.device)} if edges else None
+    return odeint(slope, x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
