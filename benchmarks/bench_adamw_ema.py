@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from lib.op_bench import OpCase
 
-from sra2_fast import SiT_models, backends
+from sra2_fast import SiT, backends
+from sra2_fast.models import model_sizes
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.reference import adamw_ema as reference
 
-MODELS = {"cpu": "SiT-S/2", "cuda": "SiT-XL/2"}
+MODELS = {"cpu": "SiT-S/2", "cuda": "SiT-XL/2", "small": "64,2,2,8"}
 BYTES_AN_ELEMENT = 40
 LR, DECAY, MAX_NORM = 1e-4, 0.9999, 1.0
 CHECKED = 3  # parameters whose step is compared with the reference
@@ -38,9 +39,10 @@ def public_loop(params: list[torch.nn.Parameter], **options: bool) -> Callable[[
     return step
 
 
-def test_adamw_ema(compare, bench_device, request):
+def test_adamw_ema(compare, bench_device, bench_size, request):
     torch.manual_seed(0)
-    model = SiT_models[MODELS[bench_device.type]](learn_sigma=False)
+    with torch.device("meta"):
+        model = SiT(**model_sizes(MODELS[bench_size]), learn_sigma=False)
     shapes = [p.shape for p in model.parameters()]
     elements = sum(s.numel() for s in shapes)
 

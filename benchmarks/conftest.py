@@ -17,6 +17,7 @@ from lib.op_bench import Comparison, OpCase, compare_variants  # noqa: E402  (fo
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sra2_fast benchmarks")
     group.addoption("--bench-device", default="cpu", help="cpu or cuda")
+    group.addoption("--bench-small", action="store_true", help="sizes that show that it runs, and no more")
     group.addoption("--bench-json", default=None, help="append one JSON line a variant to this file")
     group.addoption("--bench-slow", action="store_true", help="also rivals that take minutes to compile")
     group.addoption("--bench-seconds", default=3.0, type=float, help="time for the counted rounds of one comparison")
@@ -29,6 +30,12 @@ def bench_device(request: pytest.FixtureRequest) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return device
+
+
+@pytest.fixture
+def bench_size(request: pytest.FixtureRequest, bench_device: torch.device) -> str:
+    """Which sizes of a bench to take: "cpu", "cuda" or "small"."""
+    return "small" if request.config.getoption("--bench-small") else bench_device.type
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The two ceilings of a machine, measured: how fast it multiplies matrices and how fast it copies memory.
 
 Shares of a peak are shares of these, measured in the same run, never of a datasheet. Random data, since zeros run
-faster (13 % on an H200 in bf16). `python benchmarks/peak.py [--device cuda]` prints both.
+faster (13 % on an H200 in bf16). `python benchmarks/peak.py [--device cuda] [--json FILE]` prints both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from lib.timing import Timing, interleave
+from lib.timing import Timing, append_json_line, environment, interleave
 
 from sra2_fast.backends import device_name, is_bf16_fast
 
@@ -87,16 +87,25 @@ def copy_bytes_per_s(device: torch.device | str, rounds: int = 9, nbytes: int | 
     return 2 * nbytes / (timing.ms_median * 1e-3)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print both ceilings of the chosen device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--size", type=int, help="side of the square matrices [8192 on a GPU, 2048 on a CPU]")
+    parser.add_argument("--copy-mib", type=int, help="MiB copied [4096 on a GPU, 256 on a CPU]")
+    parser.add_argument("--json", metavar="FILE", help="append both as a JSON line")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
     print(device_name(device))
+    record: dict[str, object] = {"part": "peaks"}
     for dtype in (torch.float32, torch.bfloat16):
-        rate = product_flop_per_s(device, dtype)
-        print(f"  {str(dtype).removeprefix('torch.'):<9} matrix product {rate * 1e-12:9.3f} TFLOP/s")
-    print(f"  {'copy':<9} read + written {copy_bytes_per_s(device) * 1e-9:9.1f} GB/s")
+        rate, name = product_flop_per_s(device, dtype, size=args.size) * 1e-12, str(dtype).removeprefix("torch.")
+        record[f"product_tflop_per_s_{name}"] = rate
+        print(f"  {name:<9} matrix product {rate:9.3f} TFLOP/s")
+    copied = copy_bytes_per_s(device, nbytes=args.copy_mib and args.copy_mib << 20) * 1e-9
+    print(f"  {'copy':<9} read + written {copied:9.1f} GB/s")
+    if args.json:
+        append_json_line(args.json, {**record, "copy_gb_per_s": copied, **environment(device)})
 
 
 if __name__ == "__main__":

@@ -6,18 +6,14 @@ import gc
 import json
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from sra2_fast.ops.gated_residual_layer_norm_modulate import eager as gated_eager
-from sra2_fast.ops.layer_norm_modulate import eager as norm_eager
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from lib import op_bench, peers, timing
+from lib import op_bench, timing
 
 
 def test_interleave_calls_variants_in_turn_and_counts_only_rounds_after_the_warmup() -> None:
@@ -175,33 +171,3 @@ def test_a_failed_check_stops_a_comparison() -> None:
     case = op_bench.OpCase("double", (1,), torch.float32, "forward", bytes_moved=8)
     with pytest.raises(AssertionError, match="fused is wrong"):
         op_bench.compare_variants(case, {"fused": lambda: None}, check=check, rounds=1)
-
-
-def test_peers_are_listed_whether_or_not_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEER_MODULES, "apex", "json")
-    monkeypatch.setitem(peers.PEER_MODULES, "liger", "no_such_module_here")
-    told = peers.report()
-    assert told["apex"] == "unmeasured: the installed `apex` is not NVIDIA's"
-    assert told["liger"] == "unmeasured: ModuleNotFoundError: No module named 'no_such_module_here'"
-    assert peers.liger_layer_norm_modulate() is None and peers.load("liger") is None
-
-
-def test_ligers_norm_is_modulated_as_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in of Liger's signature, (x, weight, bias, eps): what the peer variants add around it."""
-
-    class LigerLayerNormFunction:
-        @staticmethod
-        def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-            return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-    stand_in = types.ModuleType("liger_stand_in")
-    stand_in.LigerLayerNormFunction = LigerLayerNormFunction  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "liger_stand_in", stand_in)
-    monkeypatch.setitem(peers.PEER_MODULES, "liger", "liger_stand_in")
-    x, branch = torch.randn(2, 3, 5, 8).unbind()
-    gate, shift, scale = torch.randn(3, 3, 8).unbind()
-    norm, gated = peers.liger_layer_norm_modulate(), peers.liger_gated_residual_layer_norm_modulate()
-    assert norm is not None and gated is not None
-    torch.testing.assert_close(norm(x, shift, scale), norm_eager(x, shift, scale))
-    for got, want in zip(gated(x, branch, gate, shift, scale), gated_eager(x, branch, gate, shift, scale), strict=True):
-        torch.testing.assert_close(got, want)

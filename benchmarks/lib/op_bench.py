@@ -30,13 +30,21 @@ from .timing import (
     peak_memory_bytes,
 )
 
+OURS_AND_TORCHS = ("fused", "eager", "compile")
 DIRECTIONS = ("forward", "backward", "both")
+# name: (the residual stream's type, that of all else). In training, autocast keeps the stream in float32.
+TYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "training": (torch.float32, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
 class OpCase:
     """One measured situation.
 
+    dtype: of all tensors, or a name of TYPES.
     bytes_moved: what the op must read and write at least, each tensor once [bytes].
     flops: what it must compute, 0 where memory is the bound.
     extra: further keys of the JSON line (path, alignment, implementation details).
@@ -44,7 +52,7 @@ class OpCase:
 
     op: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     direction: str
     bytes_moved: int
     flops: int = 0
@@ -145,6 +153,20 @@ def passes(
     return lambda: torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True)
 
 
+def as_in_training(function: Callable[..., object], device: torch.device) -> Callable[..., object]:
+    """`function` under autocast to bf16, its last result in that type: a product reads it, and would cast it first."""
+
+    def call(*inputs: object, **named: object) -> object:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = function(*inputs, **named)
+        if isinstance(out, torch.Tensor):
+            return out.to(torch.bfloat16)
+        *others, last = out  # type: ignore[misc]
+        return (*others, last.to(torch.bfloat16))
+
+    return call
+
+
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
     """`torch.compile(fullgraph=True)` of the eager composition, the rival of every op.
 
@@ -155,6 +177,23 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def without_failing_peers(variants: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The variants less those of other libraries that do not run here, each with a line that says why.
+
+    Such a one, built for other types or another card, must not cost ours its timing.
+    """
+    running = {}
+    for name, call in variants.items():
+        try:
+            if name not in OURS_AND_TORCHS:
+                call()
+        except Exception as error:  # each library has errors of its own
+            print(f"{name}: unmeasured: {type(error).__name__}: {error}".splitlines()[0])
+        else:
+            running[name] = call
+    return running
 
 
 def copy_of(nbytes: int, device: torch.device | str) -> Callable[[], object]:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from rehearsal import sized
 from tolerance import assert_close
 
 from sra2_fast.optim import AdamWEMA
 
-SHAPES = [(1000, 37), (3,), (64, 3, 5, 5), (1,), (70001,)]
+SHAPES = sized([(1000, 37), (3,), (64, 3, 5, 5), (1,), (70001,)], [(10, 37), (3,), (4, 3, 5, 5), (1,), (4099,)])
 
 
 def parameters(device: torch.device, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -9,11 +9,12 @@ import pytest
 import step_time
 import torch
 from lib.step_rows import Setting, StepRow, fill_zeros
+from rehearsal import sized
 
 from sra2_fast import SiT, SRA2Loss
 
 ROWS = ["baseline", "sra2-cosine", "sra2-smooth-l1", "sra"]
-THIN_XL = "1152,2,16,2"
+THIN_XL = sized("1152,2,16,2", "64,2,2,8")
 
 
 def setting(**changes: object) -> Setting:
@@ -65,7 +66,8 @@ def test_compiled_fused_step(row: str) -> None:
 def test_every_gradient_is_as_accurate_as_eagers(align: str, qk_norm: bool, device: torch.device) -> None:
     """Against float32 eager: fused bf16 may err as much as eager bf16 does, and half as much again for chance."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    sizes = dict(hidden_size=1152, depth=2, num_heads=16, num_classes=10, qk_norm=qk_norm, align_depth=1)  # noqa: C408
+    width, heads = sized((1152, 16), (64, 2))
+    sizes = dict(hidden_size=width, depth=2, num_heads=heads, num_classes=10, qk_norm=qk_norm, align_depth=1)  # noqa: C408
     models = {kind: SiT(**sizes, implementation=kind, learn_sigma=False).to(device) for kind in ("eager", "fused")}
     fill_zeros(models["eager"])
     models["fused"].load_state_dict(models["eager"].state_dict())
@@ -96,7 +98,7 @@ def test_every_gradient_is_as_accurate_as_eagers(align: str, qk_norm: bool, devi
 def test_step_time_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "ENERGY_SECONDS", 0.5)
     file = tmp_path / "step_time.jsonl"
-    arguments = ["--model", "256,2,4,4", "--batch-size", "4", "--steps", "3", "--json", str(file)]
+    arguments = ["--model", sized("256,2,4,4", "64,2,2,8"), "--batch-size", "4", "--steps", "3", "--json", str(file)]
     assert step_time.main(arguments) == 0, capsys.readouterr().err
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [one["row"] for one in records] == list(step_time.ROWS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lib import energy, op_bench, timing
+from rehearsal import of_a_gpu_alone
 
 
 def test_events_time_the_device_and_not_the_launch(device: torch.device) -> None:
@@ -41,6 +42,7 @@ def test_a_kept_backward_is_captured(device: torch.device) -> None:
     assert compared.was_graphed and set(compared.timings) == {"eager", "copy"}
 
 
+@of_a_gpu_alone
 def test_peak_memory_is_the_most_held_at_once(device: torch.device) -> None:
     x = torch.randn(2 << 20, device=device)  # 8 MiB: blocks of their own in the allocator
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rehearsal import sized
 from tolerance import assert_close
 
 from sra2_fast.reference import adamw_ema as adamw_reference
@@ -25,7 +26,9 @@ from sra2_fast.kernels import layer_norm_modulate as plain
 F32, BF16 = torch.float32, torch.bfloat16
 EPS, BETA = 1e-6, 0.05
 ROUNDINGS = {F32: 10, BF16: 1}
-SHAPES = [(32, 256, 1152), (8, 256, 384), (3, 77, 768), (2, 64, 1024), (5, 1, 1000), (1, 3, 8192)]
+SHAPES = {"training": (32, 256, 1152), "S": (8, 256, 384), "odd": (3, 77, 768), "L": (2, 64, 1024)}
+SHAPES |= {"one_row": (5, 1, 1000), "widest": (1, 3, 8192)}
+SHAPES = sized(SHAPES, {"odd": (2, 3, 96), "one_row": (2, 1, 100)})
 TYPES = [(F32, F32), (F32, BF16), (BF16, BF16)]
 
 
@@ -35,7 +38,7 @@ def modulations(B: int, D: int, dtype: torch.dtype, device: torch.device) -> tup
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_layer_norm_modulate(device: torch.device, shape: tuple[int, int, int], types: tuple[torch.dtype, ...]) -> None:
     B, N, D = shape
     x = (2 * torch.randn(shape, device=device) + 0.5).to(types[0])
@@ -57,7 +60,7 @@ def test_layer_norm_modulate(device: torch.device, shape: tuple[int, int, int], 
 
 @pytest.mark.parametrize("has_dx_new", [True, False])
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gated_residual_layer_norm_modulate(
     device: torch.device, shape: tuple[int, int, int], types: tuple[torch.dtype, ...], has_dx_new: bool
 ) -> None:
@@ -108,25 +111,26 @@ def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     ("B", "K", "channels", "patch"),
-    [(32, 2304, 4, 2), (8, 768, 4, 2), (4, 1000, 3, 2), (4, 1536, 4, 4), (4, 4608, 4, 8)],
+    sized([(32, 2304, 4, 2), (8, 768, 4, 2), (4, 1000, 3, 2), (4, 1536, 4, 4), (4, 4608, 4, 8)], [(1, 100, 3, 2)]),
 )
 def test_alignment_velocity_loss(
     device: torch.device, B: int, K: int, channels: int, patch: int, dtype: torch.dtype, align: str
 ) -> None:
-    P, N, path = channels * patch**2, 256, "cosine" if align in ("cosine", "mse") else "linear"
-    draw = torch.Generator(device).manual_seed(K)
+    P, path = channels * patch**2, "cosine" if align in ("cosine", "mse") else "linear"
+    side = sized(16, 4)
+    N = side**2
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, generator=draw)
+        return torch.randn(shape, device=device)
 
     given = [
         normal(B, N, K).to(dtype),
         (normal(P, K) / K**0.5).to(dtype),
         normal(P),
         normal(B, N, P).to(dtype),
-        normal(B, channels, 16 * patch, 16 * patch),
-        normal(B, channels, 16 * patch, 16 * patch),
-        torch.rand(B, device=device, generator=draw),
+        normal(B, channels, side * patch, side * patch),
+        normal(B, channels, side * patch, side * patch),
+        torch.rand(B, device=device),
     ]
     velocity, aligned, dvelocity, dp = alignment_velocity_loss.alignment_velocity_loss_fwd(
         *given, patch, path, align, BETA, EPS
@@ -161,7 +165,9 @@ def test_loss_of_tokens_without_a_norm(device: torch.device) -> None:
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_adamw_ema(device: torch.device, clip: float | None) -> None:
-    shapes = [(1152, 4608), (1152,), (6 * 1152, 1152), (3,), (1,), (0,), (1001, 77)]
+    shapes = sized(
+        [(1152, 4608), (1152,), (6 * 1152, 1152), (3,), (1,), (0,), (1001, 77)], [(65, 70), (3,), (1,), (0,)]
+    )
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")
     state = {name: [torch.randn(shape, device=device) for shape in shapes] for name in names}
     for tensor in state["exp_avg_sqs"]:
@@ -183,8 +189,9 @@ def test_adamw_ema(device: torch.device, clip: float | None) -> None:
 
 def test_launchers_replay_from_a_graph(device: torch.device) -> None:
     """Forward and backward captured once give, on new values in the same memory, what they give eagerly."""
-    x, dy = torch.randn(4, 64, 384, device=device), torch.randn(4, 64, 384, device=device)
-    shift, scale, _ = modulations(4, 384, F32, device)
+    B, N, D = sized((4, 64, 384), (2, 3, 96))
+    x, dy = torch.randn(2, B, N, D, device=device).unbind()
+    shift, scale, _ = modulations(B, D, F32, device)
 
     def both() -> tuple[torch.Tensor, ...]:
         y, mean, rstd = plain.layer_norm_modulate_fwd(x, shift, scale, EPS, F32)
