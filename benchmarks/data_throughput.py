@@ -30,6 +30,7 @@ from lib.outcome import WrongStep, check_can_write, exit_code
 from lib.timing import append_json_line, environment, quantile
 
 from sra2_fast.data import LatentSource, make_loader, open_data
+from sra2_fast.data.loader import ReadAhead
 from sra2_fast.data.shuffle import EndlessShuffle
 from sra2_fast.errors import InputError, must_be
 
@@ -107,13 +108,10 @@ def _pass(source: LatentSource, samples: int) -> float:
     shuffle = EndlessShuffle(source.num_samples, 0, source.block_size)
     shuffle.take(0, 1)  # the order itself is made once an epoch
     flipped = np.arange(BATCH_SIZE) % 2 == 0
-    announced = range(0)
+    read_ahead = ReadAhead(source, shuffle)
     begin = time.perf_counter()
     for first in range(0, samples - BATCH_SIZE + 1, BATCH_SIZE):
-        if source.block_size is not None and first not in announced:
-            end, ahead = shuffle.window(first)
-            announced = range(first, end)
-            source.will_need(ahead)
+        read_ahead(first)
         indices = shuffle.take(first, BATCH_SIZE)
         values, _ = source.read_flipped(indices, flipped) if source.has_flips else source.read(indices)
         source.check_finite(values, indices)

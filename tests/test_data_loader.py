@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sra2_fast.data import Batch, LatentSource, make_loader, open_data
+from sra2_fast.data.loader import ReadAhead
 from sra2_fast.data.shuffle import WINDOW_BLOCKS, EndlessShuffle
 from sra2_fast.data.source import DecodeInfo
 from sra2_fast.errors import InputError
@@ -198,12 +199,33 @@ def test_the_block_shuffle_reads_a_window_at_a_time() -> None:
         assert end == min(first + shuffle.window_size, count) and (samples == window).all()
 
 
-def test_windows_are_announced_once_each() -> None:
+def test_windows_are_announced_once_each_and_one_ahead() -> None:
     source = Posterior()
     source.num_samples, source.block_size = 1000, 2  # windows of 128
     batches(source, batch_size=50, num_steps=20)
-    assert [len(samples) for samples in source.announced] == [128] * 7 + [1000 - 7 * 128]
-    assert (np.sort(np.concatenate(source.announced)) == np.arange(1000)).all()
+    assert [len(samples) for samples in source.announced] == [128] * 7 + [1000 - 7 * 128, 128]
+    assert (np.sort(np.concatenate(source.announced[:-1])) == np.arange(1000)).all()
+    assert (source.announced[-1] == EndlessShuffle(1000, 3, 2).window(1000)[1]).all(), "of the next epoch"
+
+
+def test_a_window_is_announced_before_its_samples_are_read() -> None:
+    source = Posterior()
+    source.num_samples, source.block_size = 1000, 2
+    shuffle = EndlessShuffle(1000, 3, 2)
+    read_ahead = ReadAhead(source, shuffle)
+    for first in (40, 130, 300, 0, 900):  # in the next window, beyond what was announced, back, near the end
+        read_ahead(first)
+        end, samples = shuffle.window(first)
+        known = [window.tolist() for window in source.announced]
+        assert samples.tolist() in known and shuffle.window(end)[1].tolist() in known
+    assert [len(window) for window in source.announced] == [128] * 6 + [1000 - 7 * 128, 128]
+
+
+def test_reading_ahead_changes_no_batch() -> None:
+    source = Posterior()
+    source.num_samples, source.block_size = 1000, 2
+    whole = batches(source, batch_size=50, num_steps=45)  # over two ends of an epoch
+    assert same(whole[17:23], batches(source, batch_size=50, start_step=17, num_steps=6))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

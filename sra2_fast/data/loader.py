@@ -45,6 +45,29 @@ class Batch(NamedTuple):
         return [self.map(lambda one, start=start: one[start : start + size]) for start in starts]  # type: ignore[misc]
 
 
+class ReadAhead:
+    """Tells a source what is read soon: the window of the shuffle that begins, and the one after it.
+
+    One ahead, so that the disk brings the next window while this one is read; every window is announced once.
+    """
+
+    def __init__(self, source: LatentSource, shuffle: EndlessShuffle) -> None:
+        self.source, self.shuffle = source, shuffle
+        self._current = range(0)
+        self._announced = 0  # positions before it, from the current window on
+
+    def __call__(self, position: int) -> None:
+        """The sample at global position `position` is read next."""
+        if self.source.block_size is None or position in self._current:
+            return
+        end, samples = self.shuffle.window(position)
+        if not self._current.stop <= position < self._announced:  # the first one, and after a jump
+            self.source.will_need(samples)
+        self._current = range(position, end)
+        self._announced, ahead = self.shuffle.window(end)
+        self.source.will_need(ahead)
+
+
 class _Steps(Dataset):
     """Item s is the batch of step s. An InputError is returned, not raised: torch would wrap it in a traceback."""
 
@@ -55,7 +78,7 @@ class _Steps(Dataset):
         share = batch_size // world_size
         self.in_batch = np.arange(rank * share, (rank + 1) * share)
         self.shuffle = EndlessShuffle(source.num_samples, seed, source.block_size)
-        self.announced = range(0)
+        self.read_ahead = ReadAhead(source, self.shuffle)
 
     def __getitem__(self, step: int) -> Batch | InputError:
         try:
@@ -66,7 +89,7 @@ class _Steps(Dataset):
     def batch(self, step: int) -> Batch:
         source, in_batch = self.source, self.in_batch
         first = step * self.batch_size + int(in_batch[0])
-        self._announce(first)
+        self.read_ahead(first)
         indices = self.shuffle.take(first, len(in_batch))
         flipped = None
         if source.has_flips:
@@ -90,13 +113,6 @@ class _Steps(Dataset):
         features = source.features.read(indices, flipped)
         source.features.check_finite(features, indices)
         return batch._replace(features=torch.from_numpy(features))
-
-    def _announce(self, position: int) -> None:
-        if self.source.block_size is None or position in self.announced:
-            return
-        end, samples = self.shuffle.window(position)
-        self.announced = range(position, end)
-        self.source.will_need(samples)
 
 
 class BatchLoader(DataLoader):
