@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +31,6 @@ FORMAT, VERSION = "sra2_fast features", 1
 NAMES = ("features", "features_flip")
 ABOUT = "about"  # the one entry of a file's metadata: the library writes several in a random order
 AGAIN = "run the same sra2-fast prepare --features again"
-
-
-class _Mapped(NamedTuple):
-    features: torch.Tensor  # (n, N, F) float16
-    flipped: torch.Tensor | None
 
 
 def feature_file(latents_file: str) -> str:
@@ -107,7 +102,7 @@ class FeatureShards(FeatureSource):
             raise InputError(f"data: {self.name} is of other latents than lie beside it; {AGAIN}")
         self.num_tokens, self.width, self.has_flips = self.index.tokens, self.index.width, self.index.has_flips
         self._starts = np.cumsum([0, *(entry.samples for entry in self.index.files)])
-        self._mapped: dict[int, _Mapped] = {}
+        self._mapped: dict[int, tuple[torch.Tensor, ...]] = {}
         for number in range(len(self.index.files)):
             self._file(number)
         if sum(entry.bytes for entry in self.index.files) <= VERIFY_AT_OPEN_BYTES:
@@ -118,12 +113,10 @@ class FeatureShards(FeatureSource):
         values = torch.empty((len(indices), self.num_tokens, self.width), dtype=torch.float16)
         chosen = np.zeros(len(indices), dtype=bool) if flipped is None else flipped
         file_of = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(file_of):
-            opened = self._file(int(number))
-            for wanted, stored in ((~chosen, opened.features), (chosen, opened.flipped)):
-                here = np.flatnonzero((file_of == number) & wanted)
-                if stored is not None and here.size:
-                    values[here] = stored[indices[here] - self._starts[number]]
+        rows = indices - self._starts[file_of]
+        places = zip(values, file_of.tolist(), rows.tolist(), chosen.tolist(), strict=True)
+        for value, number, row, is_flipped in places:  # each is copied once
+            value.copy_(self._file(number)[is_flipped][row])
         return values.numpy()
 
     def describe(self, index: int) -> str:
@@ -137,17 +130,18 @@ class FeatureShards(FeatureSource):
     def verify(self) -> None:
         """Compare every file with its checksum in the index. Raises InputError naming the damaged one."""
         for number, entry in enumerate(self.index.files):
-            tensors = [tensor.numpy() for tensor in self._file(number) if tensor is not None]
+            tensors = [tensor.numpy() for tensor in self._file(number)]
             if _checksum(*tensors) != entry.checksum:
                 raise InputError(f"data: {self.folder / entry.file} is damaged (its checksum differs); {AGAIN}")
 
-    def _file(self, number: int) -> _Mapped:
+    def _file(self, number: int) -> tuple[torch.Tensor, ...]:
+        """(n, N, F) float16 of the images, and of the mirrored ones where there are any, mapped."""
         if number not in self._mapped:
             entry = self.index.files[number]
             self._mapped[number] = self._open(self.folder / entry.file, entry)
         return self._mapped[number]
 
-    def _open(self, path: Path, entry: FeatureEntry) -> _Mapped:
+    def _open(self, path: Path, entry: FeatureEntry) -> tuple[torch.Tensor, ...]:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file() or path.stat().st_size != entry.bytes:
@@ -161,7 +155,7 @@ class FeatureShards(FeatureSource):
         shape = (entry.samples, self.num_tokens, self.width)
         if any(tensor.shape != shape or tensor.dtype != torch.float16 for tensor in tensors):
             raise InputError(f"data: {path} does not belong to {INDEX_FILE}; {AGAIN}")
-        return _Mapped(tensors[0], tensors[1] if self.has_flips else None)
+        return tuple(tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: maps would be pickled as whole tensors, so they are opened anew."""

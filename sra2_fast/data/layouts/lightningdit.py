@@ -10,7 +10,7 @@ have no mirrored images. The samples lie sorted by class, so they are shuffled o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,6 @@ LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 STATS_FILE = "latents_stats.pt"
 DTYPES = {"F32", "F16", "BF16"}
 AGAIN = "run LightningDiT's extract_features.py again or copy it again"
-
-
-class _Mapped(NamedTuple):
-    latents: torch.Tensor  # (n, C, H, W)
-    flipped: torch.Tensor | None  # the same of the mirrored images
 
 
 def is_lightningdit(path: Path) -> bool:
@@ -63,7 +58,7 @@ class LightningDiTSource(LatentSource):
         self.num_samples = int(self._starts[-1])
         if self.num_samples == 0:
             raise InputError(f"data: {path} holds no samples; {AGAIN}")
-        self._open_files: dict[int, _Mapped] = {}
+        self._open_files: dict[int, tuple[torch.Tensor, ...]] = {}
         self._labels = np.zeros(self.num_samples, dtype=np.int64)
         if not ignore_labels:
             self._labels = np.concatenate([_tensors(file, LABELS)[LABELS].numpy() for file in self._paths])
@@ -80,12 +75,10 @@ class LightningDiTSource(LatentSource):
         """The same, with the latents of the mirrored images where `flipped` (n,) bool."""
         values = torch.empty((len(indices), *self.shape))
         file_of = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(file_of):
-            opened = self._file(int(number))
-            for wanted, stored in ((~flipped, opened.latents), (flipped, opened.flipped)):
-                here = np.flatnonzero((file_of == number) & wanted)
-                if stored is not None and here.size:
-                    values[here] = stored[indices[here] - self._starts[number]].float()
+        rows = indices - self._starts[file_of]
+        places = zip(values, file_of.tolist(), rows.tolist(), flipped.tolist(), strict=True)
+        for value, number, row, is_flipped in places:  # each is copied once
+            value.copy_(self._file(number)[is_flipped][row])
         return values.numpy(), self._labels[indices]
 
     def describe(self, index: int) -> str:
@@ -117,10 +110,12 @@ class LightningDiTSource(LatentSource):
                 f"an integer from 0; {AGAIN}"
             )
 
-    def _file(self, number: int) -> _Mapped:
+    def _file(self, number: int) -> tuple[torch.Tensor, ...]:
+        """(n, C, H, W) of the images, and of the mirrored ones where there are any, mapped."""
         if number not in self._open_files:
-            found = _tensors(self._paths[number], LATENTS, *([FLIPPED] if self.has_flips else []))
-            self._open_files[number] = _Mapped(found[LATENTS], found.get(FLIPPED))
+            names = (LATENTS, FLIPPED)[: 1 + self.has_flips]
+            found = _tensors(self._paths[number], *names)
+            self._open_files[number] = tuple(found[name] for name in names)
         return self._open_files[number]
 
     def __getstate__(self) -> dict[str, Any]:
