@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2": ("fsdp2", {"implementation": "fused"}),
     "fsdp2-recomputed": ("fsdp2", {"implementation": "eager", "checkpoint_blocks": True}),
     "ddp-aligner": ("ddp", {"align_depth": None}),
+    "fsdp2-aligner": ("fsdp2", {"align_depth": None}),
 }
 SIZES: dict[str, Any] = {"depth": 2, "align_depth": 1, "learn_sigma": False, "hidden_size": 24, "num_heads": 3}
 
@@ -86,12 +87,10 @@ def step_on_several(case: str, rank: int) -> dict[str, torch.Tensor]:
     wrapper, options = CASES[case]
     model = build(options)
     wrapped: torch.nn.Module = model
-    aligner = wrapped_aligner = None
+    aligner = aligner_of(model) if model.align_depth is None else None
+    wrapped_aligner = None if aligner is None else DistributedDataParallel(aligner)
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
-        if model.align_depth is None:
-            aligner = aligner_of(model)
-            wrapped_aligner = DistributedDataParallel(aligner)
     else:
         for block in model.blocks:
             fully_shard(block)

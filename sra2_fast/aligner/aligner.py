@@ -50,7 +50,8 @@ class Aligner(nn.Module):
     implementation: "fused" (one kernel for projection and both losses) or "eager".
 
     As a module it has `parameters()`, `state_dict()` and `to()`; the model's own are untouched. DDP: wrap the model and
-    the aligner, each, and call the wrapped aligner. Copies of the model (averages of its weights) are not aligned.
+    the aligner, each, and call the wrapped aligner. FSDP2: shard the model, and wrap the aligner in DDP. Copies of the
+    model (averages of its weights) are not aligned.
     Raises InputError for a layer that is not there and for values out of range.
     """
 
