@@ -131,7 +131,7 @@ class State(BaseModel):
     model: dict[Text, Any] = {}
     run: dict[Text, Any] = {}
     optimizer: OptimizerEntry | None = None
-    pending: list[tuple[Number, Number, Number]] = []
+    pending: list[list[Number]] = []
     choices: dict[Text, Text] = {}
 
 

@@ -101,14 +101,17 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
 def test_a_truncated_file_is_named(saved: Path, name: str) -> None:
     os.truncate(saved / name, (saved / name).stat().st_size - 8)
-    with pytest.raises(InputError, match=rf"step-00000040: {name} is truncated \(\d+ bytes of \d+\); delete"):
+    with pytest.raises(InputError, match=rf"step-00000040: {name} is truncated \(\d+ bytes of \d+\); no other"):
         ck.load_checkpoint(saved)
 
 
 def test_a_damaged_header_is_named(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(InputError, match=r"model\.safetensors is damaged; delete that folder"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.safetensors is damaged \(its SHA-256 is not the one in state\.json\); no other checkpoint",
+    ):
         ck.load_checkpoint(saved)
 
 
@@ -117,7 +120,7 @@ def test_missing_and_damaged_parts_are_named(saved: Path) -> None:
     with pytest.raises(InputError, match=r"ema\.safetensors is missing"):
         ck.load_checkpoint(saved)
     (saved / "state.json").write_text('{"format": 1, "st')
-    with pytest.raises(InputError, match=r"state\.json is damaged"):
+    with pytest.raises(InputError, match=r"state\.json cannot be read"):
         ck.load_checkpoint(saved)
     (saved / "state.json").write_text(json.dumps({"format": 1, "step": 40, "files": {}}))
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
@@ -154,7 +157,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
 
     monkeypatch.setattr(ck, fails_at, full)
     message = (
-        r"step-00000060: could not be written \(.*No space left.*\); the last checkpoint .*step-00000040 is intact"
+        r"step-00000060: could not be written \(.*No space left.*\); the last whole checkpoint is .*step-00000040;"
     )
     with pytest.raises(InputError, match=message):
         ck.save_checkpoint(saved.parent, 60, model={"w": torch.ones(4)}, state={})

@@ -176,7 +176,7 @@ def test_a_truncated_checkpoint_is_named_and_left(finished: Path) -> None:
     file = finished / "checkpoints" / "step-00000004" / "model.safetensors"
     os.truncate(file, 100)
     with pytest.raises(
-        InputError, match=r"step-00000004: model\.safetensors is truncated .*resume from the one before"
+        InputError, match=r"step-00000004: model\.safetensors is truncated .*; no other checkpoint beside it is whole"
     ):
         train(options(finished, steps=8))
     assert file.exists()

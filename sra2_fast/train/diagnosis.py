@@ -91,8 +91,11 @@ def largest_activations(model: SiT, repeat_step: Any) -> list[float]:
     return largest
 
 
-def describe(step: int, row: list[float], activations: list[float], checkpoint: object) -> str:
-    """The one line: step, term, figures, activations, and where to go on."""
+def describe(step: int, row: list[float], activations: list[float], checkpoint: object, precision: str) -> str:
+    """The one line: step, term, figures, activations, and where to go on.
+
+    checkpoint: one that is known to be whole, or None. precision: of the run.
+    """
     figures = ", ".join(
         f"{term} {value:.3g}" for term, value in zip(("velocity", "align", "gradient norm"), row, strict=True)
     )
@@ -100,5 +103,5 @@ def describe(step: int, row: list[float], activations: list[float], checkpoint: 
     way_on = f"go on from {checkpoint} with --resume and a lower --lr" if checkpoint else "try a lower --lr"
     return (
         f"step {step}: {name_terms(row)} is not finite ({figures}); this update was skipped; "
-        f"largest |activation| by block: {blocks}; {way_on}, or --precision fp32"
+        f"largest |activation| by block: {blocks}; {way_on}{'' if precision == 'fp32' else ', or --precision fp32'}"
     )

@@ -22,7 +22,15 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from .. import backends
-from ..checkpoints import Checkpoint, join_optimizer, load_weights, prune_checkpoints, save_checkpoint, split_optimizer
+from ..checkpoints import (
+    Checkpoint,
+    join_optimizer,
+    load_weights,
+    newest_whole,
+    prune_checkpoints,
+    save_checkpoint,
+    split_optimizer,
+)
 from ..data import Batch, LatentSource, make_loader, open_data
 from ..errors import InputError, is_out_of_memory
 from ..models import SiT, compile_blocks
@@ -36,7 +44,7 @@ from .grid import SampleGrid
 from .initial import load_initial
 from .interrupt import Interrupt, Interrupted
 from .options import TrainOptions
-from .resume import check_same_run, describe_run, find_checkpoint, regroup
+from .resume import check_optimizer, check_same_run, describe_run, find_checkpoint, regroup
 from .run_directory import RunDirectory
 from .step import TrainStep
 
@@ -137,6 +145,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
         load_weights(self.model, checkpoint.model, checkpoint.path)
+        check_optimizer(checkpoint, self.model, self.optimizer)
         names = [name for name, _ in self.model.named_parameters()]
         state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], names)
         for name, entry in state["state"].items():
@@ -215,7 +224,8 @@ class Trainer:
             batch = next(iter(self._batches(step, 1)))
             with torch.compiler.set_stance("force_eager"):
                 activations = largest_activations(self.model, lambda: self.take_step.losses(self.model, batch, step))
-            raise NonFiniteLoss(describe(step + 1, rows[bad], activations, self.checkpoint))
+            whole = newest_whole(self.directory.checkpoints)
+            raise NonFiniteLoss(describe(step + 1, rows[bad], activations, whole, self.options.precision))
         return rows
 
     def _log(self) -> None:

@@ -6,13 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..checkpoints import Checkpoint, checkpoint_name, list_checkpoints, load_checkpoint
 from ..data import LatentSource
 from ..errors import InputError
+from ..schemas import SEAL
+from .diagnosis import TERMS
 from .options import TrainOptions, fixed_on_resume
 from .run_directory import RunDirectory
 
 FINGERPRINT = "data_fingerprint"
+OPTIMIZER_STATE = {"step", "exp_avg", "exp_avg_sq"}
 SHAPES_WEIGHTS = ("model", "num_classes", "qk_norm")
 
 
@@ -104,6 +110,46 @@ def regroup(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict
     settings = {name: group for group in saved for name in group["params"]}
     names = [list(group["param_names"]) for group in own]
     return [{**settings.get(of[0], saved[0]), "params": of, "param_names": of} for of in names]
+
+
+def check_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what would restart a moment or an average, or go on with other settings, without a word.
+
+    A parameter that was never updated has no state at all. Sealed settings are those that were written, such as another
+    program's betas in a run that was converted; others must be ours. Raises InputError naming what is wrong.
+    """
+    where, own = f"checkpoint {checkpoint.path}", optimizer.param_groups[0]
+    for group in checkpoint.state["optimizer"]["param_groups"]:
+        for name in () if SEAL in checkpoint.state else ("betas", "eps"):
+            there, here = group.get(name), own[name]
+            if there != (list(here) if name == "betas" else here):
+                raise InputError(f"{where}: {name} of its optimizer is {there}; this version goes on with {here} only")
+    if any(len(row) != len(TERMS) for row in checkpoint.state["pending"]):
+        raise InputError(f"{where}: a row of its pending losses has not {len(TERMS)} numbers; it is damaged")
+    parameters = dict(model.named_parameters())
+    found: dict[str, set[str]] = {}
+    for path, value in checkpoint.optimizer.items():
+        name, _, key = path.rpartition("/")
+        if name not in parameters or key not in OPTIMIZER_STATE:
+            raise InputError(f"{where}: optimizer.safetensors holds {path}, which is nothing of this model's optimizer")
+        found.setdefault(name, set()).add(key)
+        _check_tensor(f"{where}: optimizer.safetensors: {path}", value, parameters[name], is_scalar=key == "step")
+    for name, keys in found.items():
+        if keys != OPTIMIZER_STATE:
+            raise InputError(
+                f"{where}: optimizer.safetensors lacks {name}/{min(OPTIMIZER_STATE - keys)}; it is damaged"
+            )
+    for name, parameter in parameters.items():
+        if checkpoint.ema is not None and name not in checkpoint.ema:
+            raise InputError(f"{where}: ema.safetensors lacks {name}; it is damaged")
+        if checkpoint.ema is not None:
+            _check_tensor(f"{where}: ema.safetensors: {name}", checkpoint.ema[name], parameter)
+
+
+def _check_tensor(where: str, value: torch.Tensor, parameter: torch.Tensor, *, is_scalar: bool = False) -> None:
+    shape = () if is_scalar else tuple(parameter.shape)
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        raise InputError(f"{where} must be floats of shape {shape}, got {value.dtype} {tuple(value.shape)}")
 
 
 def option_of(name: str) -> str:
