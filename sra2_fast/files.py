@@ -90,6 +90,14 @@ def make_folder(path: Path) -> None:
         raise InputError(f"data: cannot write into {path} ({error.strerror or error}); choose another --out") from error
 
 
+def create_folder(path: Path) -> None:
+    """`mkdir -p` whose new folders are still there after a power cut. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk; a rename is only durable once its folder is. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

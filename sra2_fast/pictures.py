@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .files import write_whole
 
 IMAGE_PIXELS = 64  # smaller images are enlarged, pixel by pixel, to at least this side
 MARGIN = 2
@@ -61,13 +61,9 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:
-    """Write the picture under another name, then rename it; InputError when the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Write the picture, whole or not at all; InputError when the disk does not take it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(png_bytes(picture))
-        temporary.rename(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error.strerror or error}); free some space") from error
+    write_whole(path, png_bytes(picture), op="picture")

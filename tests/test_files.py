@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sra2_fast.errors import InputError, TemporaryFailure
-from sra2_fast.files import FolderLock
+from sra2_fast.files import FolderLock, create_folder
 
 
 def test_a_folder_is_one_s_until_it_is_closed(tmp_path: Path) -> None:
@@ -53,3 +53,14 @@ def test_a_killed_process_leaves_the_folder_free_though_its_workers_live_on(tmp_
         FolderLock(tmp_path, "train").close()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_new_folders_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the innermost's contents were flushed: after a power cut the folders above it could be gone."""
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    create_folder(tmp_path / "a" / "b")
+    assert set(flushed) == {str(tmp_path), str(tmp_path / "a")}
+    flushed.clear()
+    create_folder(tmp_path / "a" / "b")
+    assert not flushed

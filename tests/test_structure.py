@@ -17,7 +17,7 @@ IMPORTS = {  # room of sra2_fast: the rooms it may import from (docs/architectur
     "files": {"errors"},
     "schemas": {"errors"},
     "progress": set(),
-    "pictures": {"errors"},
+    "pictures": {"errors", "files"},
     "choices": set(),
     "info": {"choices"},
     "reference": set(),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_runs import assert_same_checkpoint
 
-from sra2_fast.checkpoints import save_checkpoint
+from sra2_fast.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from sra2_fast.data import LatentSource
 from sra2_fast.data.layouts.digits import DigitsSource
 from sra2_fast.errors import InputError
@@ -68,7 +69,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ({"target": "teacher", "teacher_depth": 3}, r"--teacher-depth must be a block from 1 to 2, .* got 3"),
         ({"vae": "/no/such/vae", "sample_every": 1}, r"vae: the data are grayscale pixels.*leave out /no/such/vae"),
         ({"data": "/no/such/folder"}, r"/no/such/folder does not exist"),
-        ({"target": "features"}, r"--target must be one of vae, teacher, got 'features'"),
+        ({"target": "features"}, r"data: digits holds no features; compute them with"),
         ({"resume": "/no/such/checkpoint"}, r"checkpoint /no/such/checkpoint: no state\.json there"),
         ({"vae": "/no/such/vae", "data": "digits", "device": "cuda"}, r"--device cuda: this torch sees no GPU"),
     ],
@@ -97,13 +98,21 @@ class SpoiledDigits(DigitsSource):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_latent_with_nan_is_named_and_nothing_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+def test_a_latent_with_nan_is_named_and_the_steps_before_it_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """They were lost: up to --checkpoint-every steps for one bad sample."""
+    train(options(tmp_path / "whole", batch_size=256, steps=1))
     monkeypatch.setattr(loop, "open_data", lambda spec, num_classes, **told: SpoiledDigits())
     with pytest.raises(InputError, match=r"data: NaN or infinity in sample 100 of digits"):
         train(options(tmp_path / "run", steps=20, batch_size=256, workers=workers))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert f"saved {saved} before leaving" in capsys.readouterr().out
+    monkeypatch.undo()
+    step = load_checkpoint(saved).step
+    train(options(tmp_path / "whole", steps=step, batch_size=256, resume=str(tmp_path / "whole")))
+    assert 1 <= step < 8
+    assert_same_checkpoint(saved, tmp_path / "whole" / "checkpoints" / saved.name)
 
 
 def test_latents_that_the_patch_does_not_divide_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

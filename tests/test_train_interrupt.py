@@ -127,4 +127,4 @@ def test_a_picture_that_cannot_be_written_costs_a_line_not_the_run(
     result = run.train()
     assert (result.step, result.exit_code) == (2, 0) and result.checkpoint == final(tmp_path / "run", 2)
     told = capsys.readouterr().out
-    assert "no samples of step 1: train: " in told and "no samples of step 2: train: " in told
+    assert "no samples of step 1: " in told and "no samples of step 2: " in told

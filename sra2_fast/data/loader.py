@@ -7,15 +7,16 @@ nor that of processes changes a number, and a run resumes at any step without re
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError, must_be
+from ..errors import InputError, TemporaryFailure, must_be
 from ..randomness import Stream, normal, uniform
 from .shuffle import EndlessShuffle
 from .source import LatentSource
@@ -116,13 +117,59 @@ class _Steps(Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader of Batch whose InputErrors arrive as they were raised, also from a worker process."""
+    """A DataLoader of Batch whose errors arrive when the next batch is asked for, and nowhere else.
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+    An InputError of a worker process arrives as it was raised, and a worker that was killed as a TemporaryFailure.
+    torch itself raises the latter from a handler of SIGCHLD: in the middle of a training step, or of a save.
+    """
+
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
+        batches = super().__iter__()
+        workers = getattr(batches, "_workers", ())
+        with contextlib.ExitStack() as held:
+            if workers:
+                held.enter_context(_no_sigchld_handler())
+                # Now, and not when the object goes: at the end of the process they would be sent a SIGTERM, which they
+                # ignore, and waited for.
+                held.callback(batches._shutdown_workers)  # type: ignore[attr-defined]
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:  # what is left of a worker's pipes and messages
+                    dead = [worker for worker in workers if not worker.is_alive()]
+                    if not dead:
+                        raise
+                    raise _lost(dead[0].exitcode) from error
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+
+
+@contextlib.contextmanager
+def _no_sigchld_handler() -> Iterator[None]:
+    """Without torch's handler, which next() does not need: it looks after its workers every five seconds."""
+    try:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except ValueError:  # not the main thread, where torch sets no handler either
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _lost(exit_code: int | None) -> TemporaryFailure:
+    how = f"ended with {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        how = f"was ended by {signal.Signals(-exit_code).name}"
+        how += ", by the system if memory ran out" if exit_code == -signal.SIGKILL else ""
+    return TemporaryFailure(
+        f"data: a loading process {how}; run the same command again, with fewer --workers where memory is short"
+    )
 
 
 def make_loader(

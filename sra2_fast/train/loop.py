@@ -6,10 +6,11 @@ the batch), so that a run cut in two is bitwise the run in one piece. One proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,7 +131,8 @@ class Trainer:
             step=checkpoint.step if checkpoint else 0,
         )
         self.chosen = self.take_step.choose(min(options.batch_size, options.microbatch or options.batch_size))
-        self._saved_step = self.step if checkpoint else None
+        self._saved_step = self.step
+        self._is_between_steps = True
         self.grid = self._make_grid()
         self._say_what_runs(changes, notes)
 
@@ -158,38 +160,47 @@ class Trainer:
             # The loaded ones, unless they were changed on purpose.
             group |= {"weight_decay": self.options.weight_decay, **scale}
         pending = checkpoint.state["pending"]
-        since_log_point = min(len(pending), checkpoint.step % self.options.log_every)  # --log-every may have changed
-        return pending[len(pending) - since_log_point :]
+        every = self.options.log_every  # it may have been another one
+        since_log_point = checkpoint.step % every
+        if not since_log_point and len(pending) >= every:  # a log point whose record could not be written
+            since_log_point = every
+        return pending[len(pending) - min(len(pending), since_log_point) :]
 
     def train(self) -> TrainResult:
-        """Steps until the end, an interrupt or a loss that is not finite."""
+        """Steps until the end, an interrupt or a loss that is not finite.
+
+        What is beside the training (data that cannot be read, a full disk for metrics.jsonl) ends it after a save.
+        """
         options = self.options
-        if self.step >= options.steps:
+        is_done = self.step >= options.steps
+        if is_done:
             tqdm.write(f"{self.checkpoint} has all {options.steps} steps already; raise --steps to go on")
-            return TrainResult(self.step, self.checkpoint, 0, None)
-        self.directory.open_metrics(self.step, options.log, dataclasses.asdict(options))
-        self._write_config()
+        else:
+            self.directory.open_metrics(self.step, options.log, dataclasses.asdict(options))
+            self._write_config()
         self.model.train()
-        bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
-        under_way = self.step + 1  # until it is logged, saved and its samples are drawn
-        with Interrupt(lambda: under_way) as interrupt, bar as self.bar:
+        under_way = self.step  # until it is logged, saved and its samples are drawn
+        with Interrupt(lambda: under_way) as interrupt:
             self._restart_clock()
-            for batch in self._batches(self.step, options.steps - self.step):
-                self.take_step(batch.split(options.microbatch))
-                self.bar.update()
-                is_last = self.step == options.steps
-                if is_last or self.step % options.log_every == 0:
+            if self._lacks_samples():
+                self._draw_samples(interrupt)
+            if is_done or interrupt.signal:
+                return TrainResult(self.step, self.checkpoint, interrupt.exit_code, None)
+            bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
+            with self._saving_on_failure(), bar as self.bar:
+                if len(self.take_step.history) == options.log_every:
                     self._log()
-                if is_last or interrupt.signal or self.step % options.checkpoint_every == 0:
-                    self._save()
-                if not interrupt.signal and (
-                    is_last or (options.sample_every and self.step % options.sample_every == 0)
-                ):
-                    self._draw_samples(interrupt)
-                if interrupt.signal:
-                    self._save()  # where the signal came while the samples were drawn
-                    break
                 under_way = self.step + 1
+                with contextlib.closing(self._batches(self.step, options.steps - self.step)) as batches:
+                    for batch in batches:
+                        self._is_between_steps = False
+                        self.take_step(batch.split(options.microbatch))
+                        self._is_between_steps = True
+                        self.bar.update()
+                        self._after_step(interrupt)
+                        if interrupt.signal:
+                            break
+                        under_way = self.step + 1
         if interrupt.signal and self.step < options.steps:
             name = interrupt.signal.name
             tqdm.write(
@@ -198,7 +209,35 @@ class Trainer:
             return TrainResult(self.step, self.checkpoint, interrupt.exit_code, self.record)
         return TrainResult(self.step, self.checkpoint, 0, self.record)
 
-    def _batches(self, start: int, count: int) -> Iterator[Batch]:
+    def _after_step(self, interrupt: Interrupt) -> None:
+        """Log, save and draw where it is time to."""
+        is_last = self.step == self.options.steps
+        if is_last or self.step % self.options.log_every == 0:
+            self._log()
+        if is_last or interrupt.signal or self.step % self.options.checkpoint_every == 0:
+            self._save()
+        if not interrupt.signal and self._is_time_for_samples():
+            self._draw_samples(interrupt)
+        if interrupt.signal:
+            self._save()  # where the signal came while the samples were drawn
+
+    @contextlib.contextmanager
+    def _saving_on_failure(self) -> Iterator[None]:
+        """An error between two steps does not cost the steps since the last checkpoint."""
+        try:
+            yield
+        except NonFiniteLoss:
+            raise
+        except Exception:
+            if self._is_between_steps and self._saved_step != self.step:
+                try:
+                    self._save()
+                    tqdm.write(f"saved {self.checkpoint} before leaving")
+                except InputError as error:
+                    tqdm.write(f"step {self.step} is not saved: {error}")
+            raise
+
+    def _batches(self, start: int, count: int) -> Generator[Batch, None, None]:
         on_gpu = self.device.type == "cuda"
         loader = make_loader(
             self.source,
@@ -209,11 +248,9 @@ class Trainer:
             num_workers=self.options.workers or 0,
             pin_memory=on_gpu,
         )
-        if not on_gpu:
-            yield from loader
-            return
-        for batch in loader:
-            yield batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        with contextlib.closing(iter(loader)) as batches:
+            for batch in batches:
+                yield batch.map(lambda tensor: tensor.to(self.device, non_blocking=True)) if on_gpu else batch
 
     def _read_history(self) -> list[list[float]]:
         """The losses since the last log point. Raises NonFiniteLoss, with the weights as before the bad step."""
@@ -221,7 +258,8 @@ class Trainer:
         bad = first_non_finite(rows)
         if bad is not None:
             step = self.step - len(rows) + bad
-            batch = next(iter(self._batches(step, 1)))
+            with contextlib.closing(self._batches(step, 1)) as batches:
+                batch = next(batches)
             with torch.compiler.set_stance("force_eager"):
                 activations = largest_activations(self.model, lambda: self.take_step.losses(self.model, batch, step))
             whole = newest_whole(self.directory.checkpoints)
@@ -230,7 +268,7 @@ class Trainer:
 
     def _log(self) -> None:
         rows = self._read_history()
-        seconds = time.perf_counter() - self._clock_start
+        seconds = max(time.perf_counter() - self._clock_start, 1e-9)
         images_per_s = (self.step - self._clock_step) * self.options.batch_size / seconds
         velocity, align, grad_norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         weight = self.loss_fn.align_weight * self.loss_fn.schedule.factor(self.step - 1)
@@ -260,6 +298,7 @@ class Trainer:
             return
         pending = self._read_history()
         paused = time.perf_counter()
+        self.directory.flush()
         named = cast(dict[str, Any], get_optimizer_state_dict(self.model, self.optimizer))
         averages = {name: entry.pop("ema") for name, entry in named["state"].items()}
         weights = self.model.state_dict()
@@ -306,23 +345,35 @@ class Trainer:
             cfg_scale=options.sample_cfg,
         )
 
+    def _is_time_for_samples(self) -> bool:
+        every = self.options.sample_every
+        return bool(every) and (self.step == self.options.steps or self.step % every == 0)
+
+    def _samples_path(self) -> Path:
+        return self.directory.samples / f"step-{self.step:08d}.png"
+
+    def _lacks_samples(self) -> bool:
+        """Whether the checkpoint that the run goes on from was saved, and its grid not drawn any more."""
+        is_own = self.checkpoint is not None and self.directory.holds(self.checkpoint)
+        return is_own and self._is_time_for_samples() and not self._samples_path().exists()
+
     def _draw_samples(self, interrupt: Interrupt) -> None:
         """Draw and write the grid; a signal stops it, and a picture that cannot be made costs a line, not the run."""
         if self.grid is None:
             return
         paused = time.perf_counter()
-        path = self.directory.samples / f"step-{self.step:08d}.png"
         watch = self.model.register_forward_pre_hook(lambda module, inputs: interrupt.check())
         try:
             # Other batch sizes and no gradients: compiled, the few calls of a grid would wait for their own code.
             eagerly = torch.compiler.set_stance("force_eager")
             with eagerly, self.optimizer.swap_ema(self.model), self.take_step.autocast():
                 latents = self.grid.sample(self.model, self.device)
-            write_png(self.grid.picture(latents, interrupt.check), path)
+            write_png(self.grid.picture(latents, interrupt.check), self._samples_path())
         except Interrupted:
             tqdm.write(f"left out the samples of step {self.step}")
-        except InputError as error:
-            tqdm.write(f"no samples of step {self.step}: {error}")
+        except Exception as error:  # of an autoencoder, a font, the memory: the run is worth more than its picture
+            reason = " ".join(str(error).split()) or type(error).__name__
+            tqdm.write(f"no samples of step {self.step}: {reason}")
         finally:
             watch.remove()
         self._clock_start += time.perf_counter() - paused

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..checkpoints import list_checkpoints, remove_partial_checkpoints
 from ..errors import InputError
-from ..files import LOCK_FILE, FolderLock
+from ..files import LOCK_FILE, PARTIAL, FolderLock, create_folder, write_whole
 from .scalars import Scalars
 from .wandb_run import WandbRun
 
@@ -36,7 +36,7 @@ class RunDirectory:
         self.metrics: IO[str] | None = None
         self._scalars: Scalars | WandbRun | None = None
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            create_folder(self.path)
         except OSError as error:
             raise InputError(
                 f"train: --out {path} cannot be written ({error.strerror}); choose another folder"
@@ -44,16 +44,20 @@ class RunDirectory:
         self._lock = FolderLock(self.path, "train")
         self._is_new = is_new
         remove_partial_checkpoints(self.checkpoints)
+        for folder in (self.path, self.samples):  # what a kill left half written
+            for partial in folder.glob(f"*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path | None:
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is one of this run's."""
+        return self.checkpoints.is_dir() and self.checkpoints.samefile(checkpoint.parent)
+
     def write_config(self, config: dict[str, Any]) -> None:
-        temporary = self.path / ".config.json.partial"
-        with self._disk_errors("config.json"):
-            temporary.write_text(json.dumps(config, indent=1) + "\n")
-            temporary.rename(self.path / "config.json")
+        write_whole(self.path / "config.json", (json.dumps(config, indent=1) + "\n").encode(), op="train")
 
     def open_metrics(self, last_step: int, log: str = "none", config: dict[str, Any] | None = None) -> None:
         """Open metrics.jsonl to go on after `last_step`; records of later steps are dropped.
@@ -65,9 +69,7 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         with self._disk_errors("metrics.jsonl"):
             kept = [line for line in _whole_lines(path) if _step_of(line) <= last_step]
-            temporary = self.path / ".metrics.jsonl.partial"
-            temporary.write_text("".join(kept))
-            temporary.rename(path)
+            write_whole(path, "".join(kept).encode(), op="train")
             self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         if log == "tensorboard":
             self._scalars = Scalars(self.path / "tensorboard", last_step + 1)
@@ -84,6 +86,12 @@ class RunDirectory:
             self.metrics.write(json.dumps(record) + "\n")
         if self._scalars is not None:
             self._scalars.log(record)
+
+    def flush(self) -> None:
+        """Bring metrics.jsonl to the disk, so that no checkpoint is there before the records of its steps."""
+        assert self.metrics is not None
+        with self._disk_errors("metrics.jsonl"):
+            os.fsync(self.metrics.fileno())
 
     def close(self) -> None:
         if isinstance(self._scalars, WandbRun):
