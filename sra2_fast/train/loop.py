@@ -15,23 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tqdm import tqdm
 
 from .. import backends
-from ..checkpoints import (
-    Checkpoint,
-    join_optimizer,
-    load_weights,
-    newest_whole,
-    prune_checkpoints,
-    save_checkpoint,
-    split_optimizer,
-)
+from ..checkpoints import newest_whole, prune_checkpoints, save_checkpoint, split_optimizer
 from ..data import Batch, LatentSource, make_loader, open_data
 from ..errors import InputError, is_out_of_memory
 from ..models import SiT, compile_blocks
@@ -45,7 +33,7 @@ from .grid import SampleGrid
 from .initial import load_initial
 from .interrupt import Interrupt, Interrupted
 from .options import TrainOptions
-from .resume import check_optimizer, check_same_run, describe_run, find_checkpoint, regroup
+from .resume import check_same_run, describe_run, find_checkpoint, restore
 from .run_directory import RunDirectory
 from .step import TrainStep
 
@@ -113,7 +101,7 @@ class Trainer:
         self.model.to(self.device)
         self.loss_fn = build.build_loss(options)
         self.optimizer = build.build_optimizer(options, self.model)
-        pending = self._restore(checkpoint) if checkpoint else []
+        pending = restore(checkpoint, self.model, self.optimizer, options) if checkpoint else []
         self.teacher = build.build_teacher(self.model, self.optimizer) if self.loss_fn.has_teacher else None
         self.schedule = build.build_schedule(options)
         self.take_step = TrainStep(
@@ -143,28 +131,6 @@ class Trainer:
 
     def _compiled(self, model: SiT) -> SiT:
         return compile_blocks(model) if self.options.compile else model
-
-    def _restore(self, checkpoint: Checkpoint) -> list[list[float]]:
-        """Weights, averages, moments and step; returns the losses of the log interval the checkpoint lies in."""
-        load_weights(self.model, checkpoint.model, checkpoint.path)
-        check_optimizer(checkpoint, self.model, self.optimizer)
-        names = [name for name, _ in self.model.named_parameters()]
-        state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], names)
-        for name, entry in state["state"].items():
-            if checkpoint.ema is not None:
-                entry["ema"] = checkpoint.ema[name]
-        scales = [{k: group[k] for k in group if k == "lr_scale"} for group in self.optimizer.param_groups]
-        state["param_groups"] = regroup(state["param_groups"], self.optimizer.param_groups)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(strict=False))
-        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
-            # The loaded ones, unless they were changed on purpose.
-            group |= {"weight_decay": self.options.weight_decay, **scale}
-        pending = checkpoint.state["pending"]
-        every = self.options.log_every  # it may have been another one
-        since_log_point = checkpoint.step % every
-        if not since_log_point and len(pending) >= every:  # a log point whose record could not be written
-            since_log_point = every
-        return pending[len(pending) - min(len(pending), since_log_point) :]
 
     def train(self) -> TrainResult:
         """Steps until the end, an interrupt or a loss that is not finite.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and whether it is of the same run."""
+"""Which checkpoint a run starts from, whether it is of the same run, and back from it to where the run stood."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-from ..checkpoints import Checkpoint, checkpoint_name, list_checkpoints, load_checkpoint
+from ..checkpoints import (
+    Checkpoint,
+    checkpoint_name,
+    join_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+)
 from ..data import LatentSource
 from ..errors import InputError
 from ..schemas import SEAL
@@ -100,6 +108,31 @@ def check_same_run(checkpoint: Checkpoint, run: dict[str, Any], resume: str) -> 
             f"{_about_the_decay(before, run, differing)}"
         )
     return changes
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, options: TrainOptions
+) -> list[list[float]]:
+    """Weights, averages and moments; returns the losses of the log interval the checkpoint lies in."""
+    load_weights(model, checkpoint.model, checkpoint.path)
+    check_optimizer(checkpoint, model, optimizer)
+    names = [name for name, _ in model.named_parameters()]
+    state = join_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"], names)
+    for name, entry in state["state"].items():
+        if checkpoint.ema is not None:
+            entry["ema"] = checkpoint.ema[name]
+    scales = [{k: group[k] for k in group if k == "lr_scale"} for group in optimizer.param_groups]
+    state["param_groups"] = regroup(state["param_groups"], optimizer.param_groups)
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+    for group, scale in zip(optimizer.param_groups, scales, strict=True):
+        # The loaded ones, unless they were changed on purpose.
+        group |= {"weight_decay": options.weight_decay, **scale}
+    pending = checkpoint.state["pending"]
+    every = options.log_every  # it may have been another one
+    since_log_point = checkpoint.step % every
+    if not since_log_point and len(pending) >= every:  # a log point whose record could not be written
+        since_log_point = every
+    return list(pending[len(pending) - min(len(pending), since_log_point) :])
 
 
 def regroup(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
