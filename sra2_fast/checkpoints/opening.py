@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -68,8 +69,9 @@ def open_model(
     Raises InputError naming the file and what to do.
     """
     opened = open_weights(path, weights, source, Told(num_heads, num_classes, input_size, align_depth))
-    model = SiT(**opened.config)
-    model.load_state_dict(opened.state)
+    with torch.device("meta"):  # a CPU takes ten seconds over the initial weights of SiT-XL/2, which nobody wants
+        model = SiT(**opened.config)
+    model.load_state_dict({name: value.float() for name, value in opened.state.items()}, assign=True)
     return model.eval(), opened
 
 
