@@ -37,7 +37,9 @@ def recorded(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("row", "attention"), [("baseline", "auto"), ("sra2-cosine", "auto")])
+@pytest.mark.parametrize(
+    ("row", "attention"), [("baseline", "auto"), ("sra2-cosine", "auto"), ("sra2-cosine", "flash-attn")]
+)
 def test_sit_xl_needs_no_more_than_recorded(row: str, attention: str) -> None:
     """Where it needs less: benchmarks/step_budget.py --row ROW --json benchmarks/results/step_budget.jsonl."""
     record = predicted(row, attention)
