@@ -8,6 +8,7 @@ made from, so a run that was stopped is continued by the same command, and ends 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InputError, must_be
-from .files import make_folder, write_whole
+from .files import FolderLock, make_folder, write_whole
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write what is missing in --out. 0 when it is whole, 130 after Ctrl-C; raises InputError for bad input."""
+    """Write what is missing in --out. 0 when it is whole, 130 after Ctrl-C.
+
+    Raises InputError for bad input, TemporaryFailure where another process works in --out.
+    """
     from .data import open_data
-    from .data.layouts.shards import INDEX_FILE
 
     for name, least in (("shard_size", 1), ("num_workers", 0)):
         value = getattr(args, name)
@@ -71,7 +74,15 @@ def run(args: argparse.Namespace) -> int:
     if out.resolve() == Path(args.data).resolve():
         raise InputError(f"convert-data: --out {out} is --data itself; give another folder")
     make_folder(out)
+    with contextlib.closing(FolderLock(out, "convert-data")):
+        return _convert(args, source, out)
+
+
+def _convert(args: argparse.Namespace, source: LatentSource, out: Path) -> int:
+    from .data.layouts.shards import INDEX_FILE, discard_damaged_index
+
     _keep_to_plan(out, source, args)
+    discard_damaged_index(out)
     jobs = _jobs(source, args.shard_size, args.precision)
     shards = _finished(out, jobs)
     todo = [job for job in jobs if job.name not in shards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from sra2_fast.cli import main
 from sra2_fast.data import LatentSource, open_data
 from sra2_fast.data.precision import PRECISIONS, to_float32, to_stored
 from sra2_fast.errors import InputError
+from sra2_fast.files import FolderLock
 from sra2_fast.randomness import Stream, generator
 
 ORDER = generator(Stream.PREPARE, seed=0).permutation(COUNT)
@@ -148,6 +150,12 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     assert convert(data, tmp_path / "parts") == 0
     assert (tmp_path / "parts" / "latents-00000-of-00003.safetensors").stat().st_mtime_ns == before, "kept"
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    index = tmp_path / "parts" / "index.json"
+    index.write_bytes(index.read_bytes().replace(b"0.18215", b"0.18216"))
+    capsys.readouterr()
+    assert convert(data, tmp_path / "parts") == 0
+    assert "index.json is damaged (it is not what was written); it is made anew" in capsys.readouterr().out
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     damaged = tmp_path / "parts" / "latents-00001-of-00003.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     capsys.readouterr()
@@ -183,6 +191,15 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, convert(data, out), "holds latents of another origin; give another folder")
     with pytest.raises(InputError, match="some values are above 65504, the largest of float16; store them in bfloat16"):
         to_stored(np.float32([7e4]), "float16")
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_fast_dit(tmp_path / "data", draw(4)), tmp_path / "out"
+    out.mkdir()
+    with contextlib.closing(FolderLock(out, "test")):
+        assert convert(data, out) == 75
+    assert "--out" in capsys.readouterr().err
+    assert convert(data, out) == 0
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

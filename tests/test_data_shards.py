@@ -264,7 +264,7 @@ def test_a_missing_a_wrong_and_an_empty_path(tmp_path: Path) -> None:
 
 def test_an_unfinished_folder(folder: Path) -> None:
     (folder / "index.json").unlink()
-    refused(folder, "has no index.json, so it is not finished; run the same sra2-fast prepare again")
+    refused(folder, "has no index.json, so it is not finished; run the same sra2-fast prepare .or convert-data. again")
 
 
 def test_a_truncated_shard(folder: Path) -> None:
@@ -278,7 +278,9 @@ def test_a_truncated_shard(folder: Path) -> None:
 
 def test_a_missing_shard(folder: Path) -> None:
     (folder / shard_name(0, 3)).unlink()
-    refused(folder, "latents-00000-of-00003.safetensors is missing; run the same sra2-fast prepare again")
+    refused(
+        folder, "latents-00000-of-00003.safetensors is missing; run the same sra2-fast prepare .or convert-data. again"
+    )
 
 
 def test_a_changed_shard(folder: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_damaged_index_or_key_is_repaired_by_the_rerun_that_its_message_asks_f
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     change(out / file, before, after)
     if file == "index.json":
-        with pytest.raises(InputError, match=r"index.json .*; run the same sra2-fast prepare again"):
+        with pytest.raises(InputError, match=r"index.json .*; run the same sra2-fast prepare .or convert-data. again"):
             open_data(out)
     assert main(command(photos, vae_path, out)) == 0
     assert contents(out) == contents(whole)

@@ -110,10 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) -> int:
-    from ..data.layouts.shards import INDEX_FILE, ShardSource
+    from ..data.layouts.shards import INDEX_FILE, ShardSource, discard_damaged_index
     from ..files import FolderLock, make_folder
     from ..vae.autoencoder import fingerprint, load_vae
-    from .earlier import discard_damaged_index, keep_to_plan, survey
+    from .earlier import PLAN_FILE, keep_to_plan, survey
     from .encode import EncodeOptions, encode_shards, latent_shape, shard_jobs
     from .encoders import load_encoder
     from .features import feature_grid, write_features
@@ -151,7 +151,8 @@ def _prepare(args: argparse.Namespace, out: Path, held: contextlib.ExitStack) ->
     )
     make_folder(out)
     held.enter_context(contextlib.closing(FolderLock(out, "prepare")))
-    discard_damaged_index(out)
+    if (out / PLAN_FILE).is_file():
+        discard_damaged_index(out)
     keep_to_plan(out, options, images)
     jobs = shard_jobs(images, options)
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if args.num_workers is None else args.num_workers

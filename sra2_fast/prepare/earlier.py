@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.layouts.shards import INDEX_FILE, Shard, as_index, finished_shard, is_shards, read_index
+from ..data.layouts.shards import INDEX_FILE, Shard, finished_shard, is_shards, read_index
 from ..errors import InputError
 from ..files import write_whole
 from ..progress import progress_bar
@@ -27,17 +27,6 @@ from .reading import has_size_of, mark_of
 from .shard_work import ShardJob, ShardWork, read_parts
 
 PLAN_FILE = "prepare.json"
-
-
-def discard_damaged_index(out: Path) -> None:
-    """Remove an index that is not what was written: the folder is unfinished then, and its shards prove themselves."""
-    if not (out / PLAN_FILE).is_file() or not (out / INDEX_FILE).is_file():
-        return
-    try:
-        as_index(out, read_index(out))
-    except Damaged as error:
-        print(f"{str(error).removeprefix('data: ').rpartition(';')[0]}; it is made anew")
-        (out / INDEX_FILE).unlink()
 
 
 def keep_to_plan(out: Path, options: EncodeOptions, images: ImageList) -> None:

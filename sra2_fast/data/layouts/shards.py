@@ -37,7 +37,7 @@ VERSION = 2  # 1 knows moments in float32, with labels and without flips, and is
 BLOCK_SIZE = 256  # samples: 8 MB of SD-VAE moments, enough for a disk to read at full speed
 VERIFY_AT_OPEN_BYTES = 1 << 28
 LONGEST_HEADER = 1 << 26
-AGAIN = "run the same sra2-fast prepare again"
+AGAIN = "run the same sra2-fast prepare (or convert-data) again"
 
 
 @dataclass(frozen=True)
@@ -385,3 +385,14 @@ def as_index(folder: Path, index: dict[str, Any]) -> Index:
         return as_type(index, Index)
     except Damaged as error:
         raise Damaged(f"data: {folder / INDEX_FILE} {error}; {AGAIN}") from error
+
+
+def discard_damaged_index(folder: Path) -> None:
+    """Remove an index that is not what was written: the folder is unfinished then, and its shards prove themselves."""
+    if not (folder / INDEX_FILE).is_file():
+        return
+    try:
+        as_index(folder, read_index(folder))
+    except Damaged as error:
+        print(f"{str(error).removeprefix('data: ').rpartition(';')[0]}; it is made anew")
+        (folder / INDEX_FILE).unlink()
