@@ -286,3 +286,32 @@ def test_an_optimizer_that_does_not_fit_is_left_out_and_said(
     assert said in capsys.readouterr().out
     state = json.loads((tmp_path / "run/checkpoints/step-00000400/state.json").read_text())
     assert "optimizer" not in state
+
+
+@pytest.mark.parametrize("out", ("x.pt", "x.safetensors", "run"))
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    file, _ = write_public(tmp_path, "repa")
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    for module in ("writing", "training"):
+        monkeypatch.setattr(f"sra2_fast.checkpoints.{module}.fsync", full)
+    to = () if out == "run" else ("--to", "repa")
+    said = complaint(capsys, file, "--out", tmp_path / out, "--num-heads", 3, *to)
+    assert "No space left on device" in said and str(tmp_path / out) in said and "choose another --out" in said
+    assert not list(tmp_path.rglob("*.partial")) and {path.name for path in tmp_path.iterdir()} - {"run"} == before
+
+
+def test_ctrl_c_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = write_public(tmp_path, "repa")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sra2_fast.checkpoints.writing.fsync", interrupted)
+    assert run(file, "--to", "repa", "--out", tmp_path / "x.pt") == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["repa.pt"]

@@ -33,7 +33,8 @@ def write_public(path: Path, weights: dict[str, Weights], step: int) -> None:
         os.replace(partial, path)
         fsync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"convert: cannot write {path} ({reason}); free some space or choose another --out") from error
+    finally:  # after an error or an interrupt; the renamed file has another name
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

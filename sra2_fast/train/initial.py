@@ -60,19 +60,16 @@ def load_initial(model: SiT, options: TrainOptions, latents: dict[str, Any]) -> 
     return [*notes, *opened.notes]
 
 
-def freeze(model: nn.Module, patterns: str) -> int:
-    """Leave out of training every parameter that a pattern matches; how many numbers that are.
+def freeze(model: nn.Module, patterns: str) -> None:
+    """Leave out of training every parameter that a pattern matches.
 
     Raises InputError for a pattern that matches nothing, and where nothing is left to train.
     """
-    frozen = 0
     for pattern in patterns.split(","):
         for _, parameter in _matching(model, pattern.strip(), "--freeze"):
-            frozen += parameter.numel() if parameter.requires_grad else 0
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"train: --freeze {patterns} leaves nothing to train; give narrower patterns")
-    return frozen
 
 
 def parameter_groups(model: nn.Module, lr_scale: str | None) -> Any:
