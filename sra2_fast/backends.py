@@ -69,6 +69,16 @@ def fused_devices(op: str) -> frozenset[str]:
     return frozenset(kind for kind in CANDIDATES[op] if choose(op, kind).backend != PYTORCH)
 
 
+def without_kernels(kind: str) -> str:
+    """The ops that PyTorch's operators run on this kind of device, and why, in words; "" where each has a kernel."""
+    reasons: dict[str, list[str]] = {}
+    for op, candidates in CANDIDATES.items():
+        backend, why = choose(op, kind)
+        if backend == PYTORCH and candidates.get(kind):
+            reasons.setdefault(why, []).append(op)
+    return "; ".join(f"{', '.join(ops)} ({why})" for why, ops in reasons.items())
+
+
 def has_flash_attn() -> bool:
     """Whether flash-attn 2 can be imported."""
     return _why_not_importable("flash_attn") is None

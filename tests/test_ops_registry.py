@@ -87,6 +87,20 @@ def test_info_is_true_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -
     assert {f"{op} on {kind}" for op in backends.CANDIDATES for kind in ("cpu", "cuda")} <= told.keys()
 
 
+def test_what_runs_without_kernels_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "_why_not_importable", lambda name: "not installed")
+    monkeypatch.setattr(backends, "_load_extension", lambda kind: (True, "loaded"))
+    assert backends.without_kernels("cpu") == ""
+    assert backends.without_kernels("cuda") == "alignment_velocity_loss, adamw_ema (triton: not installed)"
+    monkeypatch.setattr(backends, "_load_extension", lambda kind: (False, "not built"))
+    norms = "layer_norm_modulate, gated_residual_layer_norm_modulate (triton: not installed; cuda c++: not built)"
+    assert backends.without_kernels("cuda") == f"{norms}; alignment_velocity_loss, adamw_ema (triton: not installed)"
+    monkeypatch.setattr(backends, "_why_not_importable", lambda name: None)
+    assert backends.without_kernels("cuda") == ""  # Triton alone is enough
+
+
 def small_fused() -> tuple[SiT, tuple[torch.Tensor, ...]]:
     model = SiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3, learn_sigma=False).eval()
     for parameter in model.parameters():

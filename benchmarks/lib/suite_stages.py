@@ -186,6 +186,9 @@ STAGES: dict[str, Callable[[Plan], list[Part]]] = {
 
 
 def parts_of(stage: str, plan: Plan) -> list[Part]:
-    """The parts of a stage; a rehearsal is no faster than its machine, so only their sum is limited there."""
+    """The parts of a stage. A rehearsal is no faster than its machine, and what it measures belongs in no cache."""
     parts = STAGES[stage](plan)
-    return [replace(part, limit_s=600) for part in parts] if plan.is_rehearsal else parts
+    if not plan.is_rehearsal:
+        return parts
+    caches = ("XDG_CACHE_HOME", str(plan.records.with_name("cache")))
+    return [replace(part, limit_s=1200, environment=(*part.environment, caches)) for part in parts]

@@ -369,6 +369,9 @@ class Trainer:
         if self.checkpoint is not None:
             changed = f", with {'; '.join(changes)}" if changes else ""
             tqdm.write(f"going on from {self.checkpoint}{changed}")
+        missing = backends.without_kernels(self.device.type) if options.implementation == "fused" else ""
+        if missing:
+            tqdm.write(f"without kernels here, run by PyTorch's operators: {missing}")
         for note in (*notes, *self.source.notes):
             tqdm.write(note)
         if options.sample_every and self.grid is None:

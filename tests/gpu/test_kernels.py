@@ -163,28 +163,39 @@ def test_loss_of_tokens_without_a_norm(device: torch.device) -> None:
     assert_close(dp.cpu(), want, F32, ROUNDINGS[F32])
 
 
+@pytest.mark.parametrize("has_rates", [False, True])
+@pytest.mark.parametrize("grad_dtype", [F32, BF16])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_adamw_ema(device: torch.device, clip: float | None) -> None:
+def test_adamw_ema(device: torch.device, clip: float | None, grad_dtype: torch.dtype, has_rates: bool) -> None:
+    """With bf16 gradients as in a step on bf16 weights, which are written too; the rates may be on the device."""
     shapes = sized(
         [(1152, 4608), (1152,), (6 * 1152, 1152), (3,), (1,), (0,), (1001, 77)], [(65, 70), (3,), (1,), (0,)]
     )
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")
     state = {name: [torch.randn(shape, device=device) for shape in shapes] for name in names}
+    state["grads"] = [grad.to(grad_dtype) for grad in state["grads"]]
     for tensor in state["exp_avg_sqs"]:
         tensor.square_().add_(0.01)
+    shadows = [torch.zeros(shape, device=device, dtype=BF16) for shape in shapes] if grad_dtype == BF16 else None
     before = {name: [tensor.double() for tensor in state[name]] for name in names}
     settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.99}
     norm = adamw_ema.global_norm(state["grads"])
     count = sum(g.numel() for g in state["grads"])
     assert_close(norm, adamw_reference.global_norm(before["grads"]), F32, 4, count)
     steps = torch.arange(1.0, 1.0 + len(shapes), device=device)
-    adamw_ema.adamw_ema_step(*state.values(), steps, norm, SimpleNamespace(max_grad_norm=clip, **settings))
+    rates, given = None, settings
+    if has_rates:  # they stand in place of the numbers, which are wrong here
+        rates = torch.tensor([settings["lr"], settings["ema_decay"]], dtype=torch.float64, device=device)
+        given = {**settings, "lr": 5.0, "ema_decay": 0.5}
+    adamw_ema.adamw_ema_step(*state.values(), shadows, steps, norm, rates, SimpleNamespace(max_grad_norm=clip, **given))
     for index in range(len(shapes)):
         old = [before[name][index] for name in names]
         new = adamw_reference.adamw_ema(*old, index + 1, norm=norm.double(), max_grad_norm=clip, **settings)
         for name, want in zip(("params", "exp_avgs", "exp_avg_sqs", "emas"), new, strict=True):
             terms = (want - before[name][index]).abs() + before[name][index].abs()
             assert_close(state[name][index], want, F32, 16, 0, terms, name=f"{name}[{index}]")
+        if shadows is not None:
+            assert torch.equal(shadows[index], state["params"][index].bfloat16())
 
 
 def test_launchers_replay_from_a_graph(device: torch.device) -> None:
