@@ -17,9 +17,9 @@ import pytest
 import torch
 from photos import save_vae
 from recorded.recording import load_recording
-from safetensors.torch import load_file, save_file
 from sampled import COUNT, command, contents, sample, save_run
 
+from sra2_fast.checkpoints import load_checkpoint, save_checkpoint
 from sra2_fast.cli import main
 from sra2_fast.errors import EXIT_TEMPORARY
 from sra2_fast.sample.store import SampleFolder
@@ -102,19 +102,22 @@ def checkpoint_of(run: Path) -> Path:
     return next((run / "checkpoints").iterdir())
 
 
+def written_anew(run: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> None:
+    """Whole, and with its checksums: what is wrong is what was written, not what became of it."""
+    checkpoint = load_checkpoint(checkpoint_of(run))
+    state = {name: checkpoint.state[name] for name in ("model", "run", "latents")}
+    weights = dict(checkpoint.ema or {})
+    change(state, weights)
+    shutil.rmtree(checkpoint.path)
+    save_checkpoint(checkpoint.path.parent, checkpoint.step, model=checkpoint.model, ema=weights, state=state)
+
+
 def change_state(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = checkpoint_of(run) / "state.json"
-    state = json.loads(path.read_text())
-    change(state)
-    path.write_text(json.dumps(state))
+    written_anew(run, lambda state, weights: change(state))
 
 
 def change_weights(run: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    path = checkpoint_of(run) / "ema.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
-    change_state(run, lambda state: state["files"].update({path.name: path.stat().st_size}))
+    written_anew(run, lambda state, weights: change(weights))
 
 
 def nan_in_a_bias(weights: dict[str, torch.Tensor]) -> None:
@@ -127,7 +130,7 @@ def nan_in_a_bias(weights: dict[str, torch.Tensor]) -> None:
         (shutil.rmtree, r"run"),
         (lambda run: shutil.rmtree(checkpoint_of(run)), r"run.*has no checkpoint yet; give another one"),
         (lambda run: shutil.rmtree(run / "checkpoints"), r"run"),
-        (lambda run: (checkpoint_of(run) / "state.json").write_text("{"), r"step-00000005: state\.json is damaged"),
+        (lambda run: (checkpoint_of(run) / "state.json").write_text("{"), r"step-00000005: state\.json cannot be read"),
         (lambda run: change_state(run, lambda state: state.pop("model")), r"step-00000005.* has no model"),
         (
             lambda run: change_state(run, lambda state: state["model"].update(hidden_size=48)),
