@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="measured: timed rounds, one step each")
     parser.add_argument("--json", metavar="FILE", help="append the budget as a JSON line")
     parser.add_argument("--plot", metavar="FILE", help="draw what --json FILE holds, as PNG or SVG")
-    parser.set_defaults(compile=False, cpu_batch_size=4)
+    parser.set_defaults(compile=False, graph=False, cpu_batch_size=4)
     return parser.parse_args(argv)
 
 

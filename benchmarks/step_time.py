@@ -169,7 +169,8 @@ def overhead_percent(timing: Timing, baseline: Timing) -> float:
 def table(records: list[dict[str, object]]) -> str:
     """The records for a terminal."""
     first = records[0]
-    how = f"{first['implementation']}, {first['precision']}" + (", compiled" if first["compiled"] else "")
+    ways = [way for way in ("compiled", "captured") if first[way]]
+    how = ", ".join([str(first["implementation"]), str(first["precision"]), *ways])
     head = f"{first['model']}, batch {first['batch_size']}, {how}, {first['device']}, commit {first['commit']}"
     rate = f"matrix products in this run: {first['product_tflop_per_s']:.3g} TFLOP/s"
     if first["best_step_tflop_per_s"] > first["product_tflop_per_s"]:  # type: ignore[operator]

@@ -34,6 +34,7 @@ CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_residual_layer_norm_modulate": _NORM,
     "alignment_velocity_loss": {"cpu": ("c++",), "cuda": ("triton",)},
     "adamw_ema": {"cpu": ("c++",), "cuda": ("triton",)},
+    "linear": {"cpu": (), "cuda": ("cublaslt",)},
 }
 # Attention is not in that table: on each kind of device the fastest of these is measured (models/attention.py), the
 # first unless another is faster. All but two need bf16.
@@ -219,6 +220,8 @@ def _why_not(backend: str) -> str | None:
         return f"torch {torch.__version__} has no CUDA"
     if backend == "cudnn":
         return None if torch.backends.cudnn.is_available() else "torch has no cuDNN"
+    if backend == "cublaslt":
+        return importlib.import_module("sra2_fast.kernels.cublaslt").why_not()
     return None if backend in ("flash", "efficient") else _why_not_importable(_FLASH_ATTN_MODULES.get(backend, backend))
 
 

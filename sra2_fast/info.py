@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
 def measured() -> dict[str, str]:
     """What was chosen by measurement, for which shape on which device."""
     return {
-        f"attention of {case.get('shape')} {case.get('dtype')}": f"{choice} on {case.get('device')}"
-        for case, choice in choices.recorded("attention")
+        f"{op} of {case.get('shape')} {case.get('dtype', 'bfloat16')}": f"{choice} on {case.get('device')}"
+        for op in ("attention", "products")
+        for case, choice in choices.recorded(op)
     }
 
 

@@ -26,9 +26,9 @@ def test_the_projection_is_that_of_the_tokens_after_the_aligned_block(implementa
         hidden, alone = model(*inputs, return_hidden=2), model(*inputs)
     assert projection.shape == (3, 16, 2 * 2 * 4) and hidden.shape == (3, 16, 48)
     assert model.projector is not None
-    assert torch.equal(projection, model.projector(hidden))
-    # Fused, the tap closes an edge that is otherwise added inside a kernel, and the sums of a block and a half follow.
-    assert relative_error(velocity, alone)[0] <= allowed(torch.float32, 3, summed=48)
+    assert torch.equal(velocity, alone)  # the tap costs nothing and changes nothing
+    # Fused, the tapped tokens are closed inside the next norm's kernel, and `hidden` by PyTorch's operators.
+    assert relative_error(projection, model.projector(hidden))[0] <= allowed(torch.float32, 3, summed=96)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

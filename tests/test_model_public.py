@@ -28,9 +28,9 @@ def public_samples(model: SiT, noise: Tensor, labels: Tensor, cfg_scale: float) 
     return x[: len(noise)].to(noise.dtype)
 
 
-def test_the_readme_s_two_lines_sample_from_a_public_checkpoint_in_its_own_direction_of_time() -> None:
+def test_the_guides_two_lines_sample_from_a_public_checkpoint_in_its_own_direction_of_time() -> None:
     """Without them the samples are others, and nothing says so."""
-    block = re.search(r"```python\n([^`]*1 - t.*?)```", (ROOT / "README.md").read_text(), re.S)
+    block = re.search(r"```python\n([^`]*1 - t.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
     assert block
     model = small_model(learn_sigma=True).eval()
     noise, _, labels = batch_for(model)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sra2_fast import backends, ops
 from sra2_fast.errors import InputError
 from sra2_fast.models import SiT
-from sra2_fast.ops import adamw_ema  # noqa: F401  (registers its operators)
+from sra2_fast.ops import adamw_ema, linear  # noqa: F401  (register their operators)
 from sra2_fast.ops.registry import ADAPTERS, on_its_device
 
 OPERATORS = (
@@ -23,18 +23,22 @@ OPERATORS = (
     "gated_residual_layer_norm_modulate_fwd",
     "layer_norm_modulate_bwd",
     "layer_norm_modulate_fwd",
+    "linear_gelu_bwd",
+    "linear_gelu_fwd",
+    "linear_weight_bwd",
 )
 
 
 def test_every_operator_is_registered_once() -> None:
     assert tuple(sorted(ADAPTERS)) == OPERATORS
-    assert all("triton" in adapters for adapters in ADAPTERS.values())
+    first = {name: next(iter(adapters)) for name, adapters in ADAPTERS.items()}
+    assert all(first[name] == ("cublaslt" if name.startswith("linear") else "triton") for name in OPERATORS)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_adapter_takes_the_arguments_of_its_schema_in_their_order(name: str) -> None:
     schema = getattr(torch.ops.sra2_fast, name).default._schema
-    adapter = ADAPTERS[name]["triton"]
+    adapter = next(iter(ADAPTERS[name].values()))
     assert list(inspect.signature(adapter).parameters) == [argument.name for argument in schema.arguments]
     other = getattr(torch.ops.sra2_fast, f"{name}_cuda", None)
     assert (other is not None) == ("cuda c++" in ADAPTERS[name])

@@ -20,10 +20,8 @@ from sra2_fast.ops import adamw_ema as op
 from sra2_fast.optim import AdamWEMA
 from sra2_fast.train.step import TrainStep
 
-pytestmark = [
-    pytest.mark.training,
-    pytest.mark.skipif(not op.is_fused(CPU), reason="the extension is not built (sra2-fast info)"),
-]
+needs_kernels = pytest.mark.skipif(not op.is_fused(CPU), reason="the extension is not built (sra2-fast info)")
+pytestmark = [pytest.mark.training, needs_kernels]
 BF16 = torch.bfloat16
 
 

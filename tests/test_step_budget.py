@@ -18,6 +18,7 @@ from repository import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sra2_fast import SiT, backends
+from sra2_fast.models.products import set_products
 from sra2_fast.ops import adamw_ema
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -113,25 +114,23 @@ def test_the_rest_belongs_where_it_is_called() -> None:
     for one in operators:
         names[one.part][one.name.split("::")[1]] += 1
     norms = names["norms and gates"]
-    # The tap closes the stream, so the second block starts with a plain norm, as the first one does.
-    assert norms["layer_norm_modulate_fwd"] == norms["layer_norm_modulate_bwd"] == 2
-    assert norms["gated_residual_layer_norm_modulate_fwd"] == norms["gated_residual_layer_norm_modulate_bwd"] == 3
-    assert names["GELU"] == {"gelu": DEPTH, "gelu_backward": DEPTH}
+    # The tapped tokens come out of the next block's norm: one plain norm, the first block's.
+    assert norms["layer_norm_modulate_fwd"] == norms["layer_norm_modulate_bwd"] == 1
+    assert norms["gated_residual_layer_norm_modulate_fwd"] == norms["gated_residual_layer_norm_modulate_bwd"] == 4
+    assert names["GELU"] == {"linear_gelu_fwd": DEPTH, "linear_gelu_bwd": DEPTH}  # its input, beside the products
     assert names["attention forward"] == {"_scaled_dot_product_flash_attention_for_cpu": DEPTH}
     assert names["attention backward"] == {"_scaled_dot_product_flash_attention_for_cpu_backward": DEPTH}
     assert names["stacking dq, dk, dv"] == {"stack": DEPTH}
     # No weight is cast: c, the time's features and its gradient, the tokens and their gradients, K3's small weights.
     assert names["dtype casts"]["_to_copy"] <= 12 and set(names["dtype casts"]) == {"_to_copy"}
-    # Biases: four a block, the final layer's, of patches and time, of the head but for its last, which is K3's.
-    assert names["bias-gradient sums"] == {"sum": 4 * DEPTH + 1 + 3 + 4}
+    assert names["bias-gradient sums"] == {"sum": 1 + 3}  # of the final layer, patches and time; the rest are epilogues
     loss = names["loss and head"]
     assert loss["alignment_velocity_loss_fwd"] == loss["alignment_velocity_loss_bwd"] == 1
     assert loss["silu"] == loss["silu_backward"] == 4
     silus = names["conditioning and embeddings"]
     assert silus["silu"] == silus["silu_backward"] == 2  # of the time, and of the conditioning once for all blocks
-    optimizer = names["optimizer and EMA"]
-    assert optimizer["adamw_ema_norm"] == 1
-    assert optimizer["adamw_ema_step"] == 2  # of bf16 gradients with their shadows, and of float32 ones
+    # Two steps: of bf16 gradients with their shadows, and of float32 ones.
+    assert {names["optimizer and EMA"][f"adamw_ema_{part}"] for part in ("norm", "step")} == {1, 2}
     assert not {"convolution", "clone"} & set(norms) and "convolution" not in names["embedder products"]
 
 
@@ -182,6 +181,7 @@ needs_extension = pytest.mark.skipif(not backends.has_extension("cpu"), reason="
 def test_a_fake_step_runs_what_a_real_one_does(row: str) -> None:
     _, fake = traced(row)
     step = StepRow(row, SETTING)
+    set_products(step.sit, "epilogues")
     real = Ledger(step)
     with real:
         step()

@@ -34,6 +34,7 @@ KEYS = {
     "precision": str,
     "compiled": bool,
     "attention": str,
+    "captured": bool,
     "device": str,
     "ms_median": float,
     "ms_p20": float,

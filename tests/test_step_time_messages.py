@@ -231,3 +231,8 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(step_time, "measure", fails_with(RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         step_time.main(BASELINE)
+
+
+def test_a_graph_is_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step_time.main([*BASELINE, "--graph"]) == 2
+    assert capsys.readouterr().err == "step_time: --graph captures a CUDA graph, a CPU has none; leave it out\n"

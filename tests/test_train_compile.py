@@ -69,8 +69,8 @@ def graphs_of(depth: int) -> int:
 
 
 def test_depth_28_compiles_no_more_graphs_than_depth_4(compiled_parts: list[str]) -> None:
-    """The block, the block behind the aligned one, whose residual is closed, and the final layer."""
-    assert graphs_of(4) == graphs_of(28) == 3
+    """The first block, those whose stream is open, the one behind the tap, normed ahead, and the final layer."""
+    assert graphs_of(4) == graphs_of(28) == 4
 
 
 def test_a_grid_and_a_diagnosis_compile_nothing(

@@ -68,7 +68,7 @@ def test_the_figures_are_those_of_the_loss_and_are_kept() -> None:
     result = step([batch])
     assert torch.equal(result.total, losses.total.detach()) and not result.total.requires_grad
     assert torch.equal(result.velocity, losses.velocity) and torch.equal(result.align, losses.align)
-    assert result.grad_norm is step.optimizer.grad_norm and float(result.grad_norm) > 0
+    assert torch.equal(result.grad_norm, step.optimizer.grad_norm) and float(result.grad_norm) > 0
     assert step.step == 1 and len(step.history) == 1
     assert step.history.read() == [[float(result.velocity), float(result.align), float(result.grad_norm)]]
     assert all(p.grad is None for p in step.network.parameters())

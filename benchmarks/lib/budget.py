@@ -83,7 +83,7 @@ def parts_of(operators: Sequence[Operator], peaks: Peaks) -> dict[str, Record]:
             parts[part] = {
                 "flops": sum(one.flops for one in members),
                 "bytes": sum(one.bytes for one in members),
-                "operators": len(members),
+                "operators": sum(one.launches for one in members),
                 "floor_ms": sum(map(peaks.floor_ms, members)),
             }
     return parts

@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sra2_fast import backends
 from sra2_fast.layers import plain
 from sra2_fast.layers.attention import Attention
+from sra2_fast.models.products import set_products
 from sra2_fast.ops.attention import SDPA, Backend
 from sra2_fast.optim import shadow_weights
 
 from . import flash_attn_stand_in, step_parts
-from .step_parts import CASTS, FROZEN_PRODUCTS
+from .step_parts import CASTS, FROZEN_PRODUCTS, GELU
 from .step_rows import Setting, StepRow
 
 MARK = "step part: "  # what `Ledger(marks=True)` puts before a part's name in a profile
@@ -43,6 +44,7 @@ class Operator(NamedTuple):
     flops: int
     executed_flops: int
     bytes: int
+    launches: int = 1  # 0: the bytes of an epilogue, whose product is an operator of its own
 
 
 class Source(NamedTuple):
@@ -50,6 +52,7 @@ class Source(NamedTuple):
 
     part: str
     product: str | None  # the part of the products with the weight it was given
+    is_bare_view: bool = False  # a view inside an autograd.Function, whose node may be a product's all the same
 
 
 class Ledger(TorchDispatchMode):
@@ -87,9 +90,11 @@ class Ledger(TorchDispatchMode):
         with torch.profiler.record_function(MARK + part) if self._marks else contextlib.nullcontext():
             out = func(*args, **kwargs)
         flops = step_parts.flops_of(func, args, kwargs, out)
-        self.operators.append(
-            Operator(part, func._schema.name, *flops, step_parts.bytes_of(func, args, kwargs, out)),
-        )
+        name, moved = func._schema.name, step_parts.bytes_of(func, args, kwargs, out)
+        beside = step_parts.epilogue_bytes(name, args, out)
+        self.operators.append(Operator(part, name, *flops, moved - beside))
+        if beside:
+            self.operators.append(Operator(GELU, name, 0, 0, beside, launches=0))
         self._follow(func, tensors, out)
         return out
 
@@ -100,6 +105,7 @@ class Ledger(TorchDispatchMode):
         product = next(filter(None, (self._products.get(_storage(t)) for t in tensors)), None)
         if product is None and source is not None:
             product = source.product
+        product = step_parts.product_of_epilogue(func._schema.name, product)
         part = step_parts.part_by_name(func._schema.name)
         if part is None and step_parts.is_product(func):
             part = product or step_parts.product_by_caller()
@@ -109,7 +115,9 @@ class Ledger(TorchDispatchMode):
         if node is None:
             # Made just before this call; operators after it that make no node must not take its place.
             number = torch.autograd._get_sequence_nr() - 1
-            self._sources.setdefault(number, Source(part, product if part == product else None))
+            is_bare_view = func.is_view and not torch.is_grad_enabled()
+            if number not in self._sources or self._sources[number].is_bare_view:
+                self._sources[number] = Source(part, product if part == product else None, is_bare_view)
         if is_named:
             return part
         return CASTS if step_parts.is_cast(func, args, kwargs) else step_parts.part_beside(part, func._schema.name)
@@ -141,6 +149,8 @@ def trace(row: str, setting: Setting) -> tuple[StepRow, list[Operator]]:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy does
         step = StepRow(row, dataclasses.replace(setting, attention=SDPA.name))  # nothing to be measured here
         set_attention(step, setting.attention)
+        if setting.implementation == "fused" and setting.precision == "bf16":
+            set_products(step.sit, "epilogues")
         ledger = Ledger(step)
         with ledger:
             step()

@@ -44,6 +44,7 @@ _BY_NAME = {"gelu": GELU, "layer_norm_modulate": NORMS, "alignment_velocity_loss
 _BY_FILE = {
     "sra2_fast/layers/attention.py": STACKING,
     "sra2_fast/layers/block.py": NORMS,
+    "sra2_fast/layers/linear.py": OTHER,
     "sra2_fast/layers/conditioning.py": CONDITIONING,
     "sra2_fast/layers/modulation.py": CONDITIONING,
     "sra2_fast/layers/patch_embedding.py": CONDITIONING,
@@ -70,6 +71,8 @@ def part_by_name(name: str) -> str | None:
     """The part of an operator whose name says it: `aten::gelu_backward`, `sra2_fast::layer_norm_modulate_fwd`."""
     if is_attention(name):
         return ATTENTION_BACKWARD if is_backward(name) else ATTENTION_FORWARD
+    if name in _EPILOGUE_FLOPS:
+        return None  # a product: it belongs to its weight
     return next((part for word, part in _BY_NAME.items() if word in name), None)
 
 
@@ -114,8 +117,20 @@ def _part_of_file(filename: str) -> str | None:
 
 
 def is_product(func: Any) -> bool:
-    """Whether torch counts the operator's FLOPs: products, and attention."""
-    return func._overloadpacket in flop_registry
+    """Whether torch counts the operator's FLOPs (products, and attention), or it is a Linear's with an epilogue."""
+    return func._overloadpacket in flop_registry or func._schema.name in _EPILOGUE_FLOPS
+
+
+def product_of_epilogue(name: str, product: str | None) -> str | None:
+    """The part of a product with an epilogue. An MLP is one node of autograd, noted as its first product's; where it
+    asks for a weight's gradient with the bias's, that is the second's."""
+    return "fc2 product" if name == "sra2_fast::linear_weight_bwd" and product == "fc1 product" else product
+
+
+def epilogue_bytes(name: str, args: Sequence[Any], out: Any) -> int:
+    """Bytes that an epilogue moves beside its product: GELU's input, written forward and read backward."""
+    beside = {"sra2_fast::linear_gelu_fwd": lambda: out[1], "sra2_fast::linear_gelu_bwd": lambda: args[2]}
+    return tensor_bytes(beside[name]()) if name in beside else 0
 
 
 def is_attention(name: str) -> bool:
@@ -164,7 +179,23 @@ def _projection_backward(
     return 2 * dp.numel() * width * (need_dhidden + need_dweight)
 
 
+def _product_flops(first: Tensor, second: Tensor, *_: Any) -> int:
+    """Of two factors, of which the first, (M, K), and the second share a dimension: GELU's, and its derivative's."""
+    rows, shared = first.shape
+    return 2 * rows * second.numel() if shared in second.shape else 0
+
+
+def _weight_gradient_flops(dy: Tensor, x: Tensor) -> int:
+    return 2 * dy.numel() * x.shape[1]
+
+
+_EPILOGUE_FLOPS: dict[str, Callable[..., int]] = {
+    "sra2_fast::linear_gelu_fwd": _product_flops,
+    "sra2_fast::linear_gelu_bwd": _product_flops,
+    "sra2_fast::linear_weight_bwd": _weight_gradient_flops,
+}
 _OUR_FLOPS: dict[str, Callable[..., int]] = {
+    **_EPILOGUE_FLOPS,
     "sra2_fast::alignment_velocity_loss_fwd": _projection_forward,
     "sra2_fast::alignment_velocity_loss_bwd": _projection_backward,
 }

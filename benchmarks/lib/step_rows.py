@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,7 @@ class Setting:
     is_compiled: bool
     device: torch.device
     attention: str = "auto"  # a backend of `backends.ATTENTION`
+    is_captured: bool = False  # ours as one CUDA graph
 
     def config(self) -> dict[str, Any]:
         """The model's configuration, projector left out. Raises InputError for one that cannot be built."""
@@ -84,7 +85,9 @@ def add_setting_arguments(parser: ArgumentParser, cpu_batch_size: int) -> None:
     parser.add_argument("--model", help="registry name or 'D,depth,heads,patch' [SiT-S/2; on a GPU SiT-XL/2]")
     parser.add_argument("--batch-size", type=int, help=f"images a step [{cpu_batch_size}; on a GPU 32]")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    compiled = "torch.compile the networks [on a GPU, as training does]"
+    parser.add_argument("--compile", action=BooleanOptionalAction, default=None, help=compiled)
+    parser.add_argument("--graph", action="store_true", help="on a GPU: our step as one CUDA graph")
     add_attention_argument(parser)
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--steps", type=int, help="timed rounds, one step of each")
@@ -122,7 +125,12 @@ def resolve_setting(args: Namespace, op: str, implementation: str | None, rounds
     model = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
     chosen = chosen_implementation(implementation, name, op)
     backends.check_attention(op, "--attention", args.attention, name, precision == "bf16")
-    setting = Setting(model, batch_size, precision, chosen, args.compile, torch.device(name), args.attention)
+    is_compiled = on_gpu if args.compile is None else args.compile
+    if args.graph and not on_gpu:
+        raise InputError(f"{op}: --graph captures a CUDA graph, a CPU has none; leave it out")
+    setting = Setting(
+        model, batch_size, precision, chosen, is_compiled, torch.device(name), args.attention, is_captured=args.graph
+    )
     setting.config()
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -208,6 +216,7 @@ class StepRow:
             teacher=self._compiled(self.average) if target == "teacher" else None,
             encoder=self._compiled(self.encoder),
             attention=setting.attention,
+            graph=setting.is_captured and setting.implementation == "fused",
         )
         self.chosen = self.step.choose(setting.batch_size)
 
@@ -248,6 +257,7 @@ class StepRow:
             "precision": setting.precision,
             "compiled": setting.is_compiled,
             "attention": self.step.choices.get("attention"),
+            "captured": setting.is_captured,
         }
 
     def persistent_bytes(self) -> int:

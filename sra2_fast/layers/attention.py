@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops.attention import SDPA, attention, attention_unpacked, find
+from .linear import Linear
 
 
 class Attention(nn.Module):
@@ -20,10 +21,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
         self.backend = find("flash-attn") if backends.has_flash_attn() else SDPA
 
     def forward(self, x: Tensor) -> Tensor:

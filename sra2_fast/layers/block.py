@@ -17,6 +17,7 @@ from ..ops import layer_norm_modulate as _norm_op
 from ..ops.gated_residual_layer_norm_modulate import eager as _gated_eager
 from ..ops.layer_norm_modulate import eager as _norm_eager
 from .attention import Attention
+from .linear import Mlp
 from .modulation import adaln_head
 
 EPS = 1e-6
@@ -26,12 +27,14 @@ class PendingResidual(NamedTuple):
     """An open residual stream: x + gate * branch, not yet added. branch and gate None: nothing pending.
 
     It spans from a branch's last product to the next norm: inside a block from attention to the norm before the MLP,
-    and between blocks from the MLP to the next block's first norm, or the final layer's.
+    and between blocks from the MLP to the next block's first norm, or the final layer's. Where somebody wants the
+    closed tokens in between, that norm is taken ahead (`normed_ahead`), which gives them for nothing.
     """
 
     x: Tensor  # (B, N, D)
     branch: Tensor | None = None  # (B, N, D)
     gate: Tensor | None = None  # (B, D)
+    normed: Tensor | None = None  # (B, N, D) - of x, as the next layer's first norm makes it
 
 
 def closed(stream: Tensor | PendingResidual) -> Tensor:
@@ -54,23 +57,12 @@ class AdaLayerNorm(nn.Module):
 
     def forward(self, stream: Tensor | PendingResidual, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (x, y): the closed stream and its modulated norm. shift, scale: (B, D)."""
+        if isinstance(stream, PendingResidual) and stream.normed is not None:
+            return stream.x, stream.normed
         if isinstance(stream, PendingResidual) and stream.branch is not None and stream.gate is not None:
             return self._gated(stream.x, stream.branch, stream.gate, shift, scale, EPS)
         x = closed(stream)
         return x, self._norm(x, shift, scale, EPS)
-
-
-class Mlp(nn.Module):
-    """D -> mlp_ratio D -> D with tanh-GELU."""
-
-    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class SiTBlock(nn.Module):
@@ -121,3 +113,10 @@ class FinalLayer(nn.Module):
         shift, scale = modulation.chunk(2, dim=-1)
         _, y = self.norm(stream, shift, scale)
         return self.linear(y)
+
+
+def normed_ahead(stream: Tensor | PendingResidual, layer: SiTBlock | FinalLayer, modulation: Tensor) -> PendingResidual:
+    """The stream closed and normalised as `layer` will begin with. modulation: (B, 6D) or (B, 2D), the layer's own."""
+    shift, scale = modulation.split(modulation.shape[-1] // (6 if isinstance(layer, SiTBlock) else 2), dim=-1)[:2]
+    x, normed = layer.norm(stream, shift, scale)
+    return PendingResidual(x, normed=normed)

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from .linear import Linear
 from .plain import is_plain, is_readable, watched
 
 
@@ -18,9 +19,9 @@ def build_projector(hidden_size: int, projector_dim: int, projection_dim: int, n
     widths = [hidden_size, *[projector_dim] * (num_layers - 1), projection_dim]
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
-        layers += [nn.Linear(width_in, width_out), nn.SiLU()]
-    watched(layers[-2])
-    return watched(nn.Sequential(*layers[:-1]))
+        layers += [Linear(width_in, width_out), nn.SiLU()]
+    layers[-2:] = [watched(nn.Linear(widths[-2], widths[-1]))]  # read by the loss's kernel, not called
+    return watched(nn.Sequential(*layers))
 
 
 def readable_last(head: nn.Module | None) -> nn.Linear | None:

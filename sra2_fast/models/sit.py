@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, must_be
 from ..layers import checks
-from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed
+from ..layers.block import FinalLayer, PendingResidual, SiTBlock, closed, normed_ahead
 from ..layers.conditioning import Conditioning, LabelEmbedder, TimestepEmbedder
 from ..layers.modulation import adaln_biases, modulate_all
 from ..layers.patch_embedding import PatchEmbed, sincos_positions
@@ -224,8 +224,15 @@ class SiT(HubModel, nn.Module):
 
     def _velocity_and_hidden(self, tokens: Tensor, conditioning: Conditioning, tap: int) -> tuple[Tensor, Tensor]:
         c, modulations = conditioning
-        hidden = closed(self._run_blocks(tokens, c, modulations, 0, tap))
-        stream = self._run_blocks(hidden, c, modulations, tap, self.depth)
+        stream = self._run_blocks(tokens, c, modulations, 0, tap)
+        after: Any = self.blocks[tap] if tap < self.depth else self.final_layer
+        modulation = modulations[tap]
+        if tap and modulation is not None and not self.checkpoint_blocks:
+            stream = normed_ahead(stream, after, modulation)
+            hidden = stream.x
+        else:
+            hidden = stream = closed(stream)
+        stream = self._run_blocks(stream, c, modulations, tap, self.depth)
         if not is_plain(self.final_layer, FinalLayer):
             return self._velocity_half(self.final_layer(closed(stream), c)), hidden
         return self._velocity_half(self.final_layer(stream, c, modulations[-1])), hidden
@@ -249,14 +256,13 @@ class SiT(HubModel, nn.Module):
         return self.x_embedder(x) + self.pos_embed, c
 
     def _run_blocks(
-        self, tokens: Tensor, c: Tensor, modulations: list[Tensor | None], start: int, stop: int
+        self, stream: Tensor | PendingResidual, c: Tensor, modulations: list[Tensor | None], start: int, stop: int
     ) -> Tensor | PendingResidual:
-        """The stream after block `stop`, given the tokens after block `start`.
+        """The stream after block `stop`, given the one after block `start`.
 
         A block that is not plain gets and gives closed tokens. So does every block where blocks are checkpointed: a
         checkpoint keeps its block's inputs, and an open residual would be two of (B, N, D), not one.
         """
-        stream: Tensor | PendingResidual = tokens
         for block, modulation in zip(islice(self.blocks, start, stop), modulations[start:stop], strict=True):
             if self.checkpoint_blocks or not is_plain(block, SiTBlock):
                 stream = closed(stream)

@@ -137,6 +137,7 @@ class SRA2Loss:
         features: Tensor | None = None,
         teacher: nn.Module | None = None,
         step: int | None = None,
+        align_weight: Tensor | None = None,
     ) -> LossOutput:
         """The loss of one batch.
 
@@ -145,7 +146,8 @@ class SRA2Loss:
         t: (B,) - time; noise: like latents; label_drop: (B,) bool - labels replaced by the null label; teacher_gap:
             (B,) - u above. `draws` fills what is None (labels are dropped only while the model trains).
         features: (B, N, F) - for target="features". teacher: the EMA copy - for target="teacher".
-        step: the training step, for a schedule.
+        step: the training step, for a schedule. align_weight: 0-d float32, lambda in place of the schedule's: what a
+            captured step reads.
         Returns LossOutput(total, velocity, align), 0-d or with reduction="none" (B,); total alone carries gradients.
         Raises InputError naming the argument that is missing, superfluous or of the wrong shape.
         """
@@ -161,7 +163,7 @@ class SRA2Loss:
         if draws.label_drop is not None:
             labels = torch.where(draws.label_drop, sit.num_classes, labels)
         keep_labels = torch.zeros_like(labels, dtype=torch.bool)
-        weight = self._weight(step, latents.device)
+        weight = self._weight(step, latents.device) if align_weight is None else align_weight
         target_tokens = features
         if self.has_teacher and draws.teacher_gap is not None and teacher is not None:
             earlier = (draws.t - draws.teacher_gap).clamp(0, 1)
@@ -176,8 +178,12 @@ class SRA2Loss:
         x_t = interpolant(self.path, draws.t).mix(latents, draws.noise)
         return model(_like_weights(x_t, model), draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)
 
+    def weight_at(self, step: int | None) -> float:
+        """lambda at this step (from 0)."""
+        return self.align_weight * self.schedule.factor(step)
+
     def _weight(self, step: int | None, device: torch.device) -> float | Tensor:
-        weight = self.align_weight * self.schedule.factor(step)
+        weight = self.weight_at(step)
         # A tensor, because a compiled model would be compiled again for every new float.
         return weight if self.schedule.kind == "constant" else torch.full((), weight, device=device)
 

@@ -23,17 +23,27 @@ ADAPTERS: dict[str, dict[str, Adapter]] = {}  # operator: backend: what runs it 
 
 
 def operator(
-    op: str, part: str, schema: str, *, triton: Adapter | None = None, has_cuda_cpp: bool = False
+    op: str,
+    part: str,
+    schema: str,
+    *,
+    triton: Adapter | None = None,
+    cublaslt: Adapter | None = None,
+    composition: Adapter | None = None,
+    has_cuda_cpp: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Registers `sra2_fast::<op>_<part>`; decorates its fake (same arguments, empty results) and returns the overload.
 
     schema: arguments and results as torch writes them.
-    triton: the adapter that calls the Triton launcher, with the schema's arguments in its order.
+    triton, cublaslt: the adapter that calls that launcher, with the schema's arguments in its order.
+    composition: what runs on devices and backends without one, made of PyTorch's operators; None: the op itself asks
+        whether there is a kernel before it calls the operator.
     has_cuda_cpp: the extension brings a CUDA C++ kernel, registered under its own name `<op>_<part>_cuda`.
     """
     backends.has_extension("cpu")
     name = f"{op}_{part}"
-    adapters = ADAPTERS[name] = {} if triton is None else {"triton": triton}
+    given = {"triton": triton, "cublaslt": cublaslt}
+    adapters = ADAPTERS[name] = {backend: adapter for backend, adapter in given.items() if adapter is not None}
     library.define(name + schema)
     if has_cuda_cpp:
         library.define(f"{name}_cuda{schema}")
@@ -41,6 +51,8 @@ def operator(
 
     def register(fake: Callable[..., Any]) -> Any:
         torch.library.register_fake(f"sra2_fast::{name}", fake, lib=library)
+        if composition is not None:
+            library.impl(name, composition, "CompositeExplicitAutograd")
         chosen = backends.choose(op, "cuda").backend
         if chosen in adapters:
             library.impl(name, on_its_device(adapters[chosen]), "CUDA")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import InputError, must_be
 from ..ops import adamw_ema as op
 from .checks import check_dense_gradients, check_param, check_rates, check_settings
-from .gathered import Active, dense_grad, laid_out_as
+from .gathered import Active, dense_grad, exchange, laid_out_as
 from .shadow_weights import ShadowWeights
 
 IMPLEMENTATIONS = ("fused", "eager", "apex")
@@ -161,6 +161,10 @@ class AdamWEMA(torch.optim.Optimizer):
     def can_shadow(self) -> bool:
         """Whether `bf16_weights` works: the kernels write shadows."""
         return self._is_fused(self.param_groups[0]["params"][0])
+
+    def active(self) -> list[Active]:
+        """The tensors of the last step, as its kernels were given them."""
+        return [active for active in self._active.values() if active.tensors.params]
 
     @property
     def shadows(self) -> ShadowWeights | None:
@@ -316,13 +320,13 @@ class AdamWEMA(torch.optim.Optimizer):
             raise must_be("AdamWEMA", "model", "the module whose parameters are optimized", type(model).__name__)
         pairs = [(p, self._average_of(group, p)) for group, p in owned if id(p) in of_model]
         pairs = [(p, ema) for p, ema in pairs if ema.data_ptr() != p.data_ptr()]
-        _exchange(pairs)
+        exchange(pairs)
         self._is_swapped = True
         try:
             yield
         finally:
             self._is_swapped = False
-            _exchange(pairs)
+            exchange(pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW's ("step" is 0-d on the CPU there), with the average under "ema" for each parameter."""
@@ -389,11 +393,3 @@ class AdamWEMA(torch.optim.Optimizer):
         own = ("implementation", "max_grad_norm", "grad_norm", "skipped_steps", "_is_swapped")
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_active": {}, "_shadows": None}
-
-
-def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for a, b in pairs:
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)

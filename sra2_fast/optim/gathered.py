@@ -47,3 +47,12 @@ def dense_grad(leaf: Tensor) -> Tensor:
     if grad.stride() == leaf.stride() and grad.dtype == leaf.dtype:
         return grad
     return torch.empty_like(leaf).copy_(grad)
+
+
+def exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Exchange values in place, one pair at a time."""
+    with torch.no_grad():
+        for a, b in pairs:
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)

@@ -9,7 +9,7 @@ A shadow is copied again from its master before a forward where something other 
 loading, `swap_ema`, `.to`, assigning `.data`, any operator in place, a step on a float32 gradient. One way escapes:
 `param.data.copy_(..)` writes past autograd's counter, so call `refresh` after it.
 
-Left out: what is no exact nn.Linear or nn.Conv2d, shared parameters, and those with hooks of their own. Several
+Left out: what is no plain nn.Linear or nn.Conv2d, shared parameters, and those with hooks of their own. Several
 microbatches a step (their gradients are summed in float32), DDP and FSDP are for the caller to leave out.
 """
 
@@ -64,7 +64,7 @@ class ShadowWeights:
         uses = Counter(id(p) for module in network.modules() for p in module._parameters.values())
         groups: dict[tuple[str, ...], list[tuple[nn.Module, str, nn.Parameter]]] = {}
         for path, module in network.named_modules():
-            if type(module) not in (nn.Linear, nn.Conv2d):
+            if not _is_linear(module):
                 continue
             for name, param in module._parameters.items():
                 is_plain = type(param) in _PLAIN and param.dtype is torch.float32 and param.is_contiguous()
@@ -123,6 +123,12 @@ class ShadowWeights:
         for master in masters:
             shadow = self._of[id(master)]
             shadow.seen = shadow.state()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """An nn.Linear or nn.Conv2d as torch has it, or as this package does: others may do more with their weights."""
+    is_ours = isinstance(module, nn.Linear) and type(module).__module__.startswith(__package__.split(".")[0] + ".")
+    return is_ours or type(module) in (nn.Linear, nn.Conv2d)
 
 
 def _beside_each_other(group: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> list[_Shadow]:

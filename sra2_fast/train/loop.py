@@ -116,6 +116,7 @@ class Trainer:
             teacher=None if self.teacher is None else self._compiled(self.teacher),
             attention=options.attention,
             choices=checkpoint.state.get("choices") if checkpoint else None,
+            graph=options.graph,
             step=checkpoint.step if checkpoint else 0,
         )
         self.chosen = self.take_step.choose(min(options.batch_size, options.microbatch or options.batch_size))

@@ -129,6 +129,7 @@ class TrainOptions:
         "adamw-ema", "ours, or NVIDIA apex's fused AdamW where it imports"
     )
     compile: bool | None = _changeable(None, "torch.compile the model (default: on a GPU)")
+    graph: bool = _changeable(False, "run each step as one CUDA graph, captured after the first ones")
     checkpoint_blocks: bool = _changeable(False, "recompute each block in the backward pass to save memory")
     workers: int | None = _changeable(None, "data loading processes (default: 0 on a CPU, 4 on a GPU)", FROM_0)
 

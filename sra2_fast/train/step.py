@@ -23,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import Batch
 from ..models import LossOutput
 from ..models.attention import choose_attention
+from ..models.products import choose_products
 from ..objective import SRA2Loss, unwrapped
 from ..optim import AdamWEMA
 from ..recipe import UpdateSchedule
+from .captured import CapturedStep
 from .diagnosis import StepHistory
 
 
@@ -49,6 +51,7 @@ class TrainStep:
         target="features" online.
     attention: a backend of attention (`sra2-fast info`), or "auto": what `choices` says, else the fastest, which the
         first step measures. choices: {op: name} that a resumed run was trained with; then what this one runs.
+    graph: capture the step as one CUDA graph after the first ones (captured.py).
     step: steps done so far, from which a resumed run counts on. history: figures since the last log point.
     """
 
@@ -67,6 +70,7 @@ class TrainStep:
         encoder: Callable[[Tensor], Tensor] | None = None,
         attention: str = "auto",
         choices: Mapping[str, str] | None = None,
+        graph: bool = False,
         step: int = 0,
     ) -> None:
         self.network, self.loss_fn, self.optimizer, self.history = network, loss_fn, optimizer, history
@@ -75,6 +79,7 @@ class TrainStep:
         self.attention, self.choices = attention, dict(choices or {})
         self._has_chosen = False
         self.step = step
+        self._captured = CapturedStep(self) if graph else None
 
     def __call__(self, microbatches: Sequence[Batch]) -> StepResult:
         """One step on a batch cut into microbatches, each weighted by its share of the samples."""
@@ -84,16 +89,24 @@ class TrainStep:
             settings = self.schedule.at(self.step + 1)
             for group in self.optimizer.param_groups:
                 group.update({**settings, "lr": settings["lr"] * group.get("lr_scale", 1.0)})
+        figures = self.compute(microbatches) if self._captured is None else self._captured(microbatches)
+        result = StepResult(*figures.unbind())
+        self.history.record(result.velocity, result.align, result.grad_norm)
+        self.step += 1
+        return result
+
+    def compute(self, microbatches: Sequence[Batch], align_weight: Tensor | None = None) -> Tensor:
+        """All that a step does on the device: gradients of the microbatches, then the optimizer's step.
+
+        align_weight: 0-d, in place of the loss's own. Returns (4,) float32, the figures of a StepResult.
+        """
         count = sum(len(batch.labels) for batch in microbatches)
         with self.weights(len(microbatches)):
-            parts = [self._backward(batch, len(batch.labels) / count) for batch in microbatches]
+            parts = [self._backward(batch, len(batch.labels) / count, align_weight) for batch in microbatches]
         total, velocity, align = (functools.reduce(torch.add, part) for part in zip(*parts, strict=True))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        result = StepResult(total, velocity, align, self.optimizer.grad_norm)
-        self.history.record(velocity, align, result.grad_norm)
-        self.step += 1
-        return result
+        return torch.stack((total, velocity, align, self.optimizer.grad_norm))
 
     def weights(self, microbatches: int = 1) -> contextlib.AbstractContextManager[Any]:
         """What a step's forward and backward run under: the optimizer's bf16 weights, where the numbers are the same.
@@ -114,29 +127,27 @@ class TrainStep:
         The first step does it where nobody has. Raises InputError for an `attention` that cannot run here.
         """
         self._has_chosen = True
-        choice = choose_attention(
-            (self.network, self.teacher),
-            batch_size,
-            device=self.device,
-            autocast_dtype=self.autocast_dtype,
-            wanted=self.attention,
-            kept=self.choices.get("attention"),
-        )
-        if choice is None:
-            return []
-        self.choices["attention"] = choice.name
-        return [f"attention {choice}"]
+        networks = (self.network, self.teacher)
+        runs: dict[str, Any] = {"device": self.device, "autocast_dtype": self.autocast_dtype}
+        kept = self.choices.get
+        found = {
+            "attention": choose_attention(networks, batch_size, **runs, wanted=self.attention, kept=kept("attention")),
+            "products": choose_products(networks, batch_size, **runs, kept=kept("products")),
+        }
+        chosen = {op: choice for op, choice in found.items() if choice is not None}
+        self.choices.update({op: choice.name for op, choice in chosen.items()})
+        return [f"{op} {choice}" for op, choice in chosen.items()]
 
-    def _backward(self, batch: Batch, share: float) -> tuple[Tensor, ...]:
+    def _backward(self, batch: Batch, share: float, align_weight: Tensor | None) -> tuple[Tensor, ...]:
         """Adds the gradient of this microbatch's share of the loss; returns that share of (total, velocity, align)."""
-        losses = self.losses(self.network, batch, self.step)
+        losses = self.losses(self.network, batch, self.step, align_weight)
         if share == 1:
             self.history.backward(losses.total)
             return losses.total.detach(), losses.velocity, losses.align
         self.history.backward(losses.total * share)
         return losses.total.detach() * share, losses.velocity * share, losses.align * share
 
-    def losses(self, network: nn.Module, batch: Batch, step: int) -> LossOutput:
+    def losses(self, network: nn.Module, batch: Batch, step: int, align_weight: Tensor | None = None) -> LossOutput:
         """The objective of one batch on `network`, in the step's precision; `step` counts the steps done before it."""
         draws = self.loss_fn.draws(
             batch.latents,
@@ -151,7 +162,7 @@ class TrainStep:
             if self.encoder is not None and batch.images is not None:
                 features = self.encoder(batch.images)
             given = {**draws._asdict(), "features": features, "teacher": self.teacher}
-            return self.loss_fn(network, batch.latents, batch.labels, step=step, **given)
+            return self.loss_fn(network, batch.latents, batch.labels, step=step, align_weight=align_weight, **given)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """What the forward runs under."""
