@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -188,3 +189,15 @@ def test_a_folder_that_cannot_be_written(
     (tmp_path / "file").touch()
     arguments = command(photos, vae_path, tmp_path / "file" / "out")
     refused(capsys, arguments, r"cannot write into .*file/out \(Not a directory\); choose another --out")
+
+
+def test_devices_without_values_and_autoencoders_of_no_groups(
+    photos: Path, vae_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A NotImplementedError in the middle of the encoding, and a ZeroDivisionError of diffusers."""
+    refused(capsys, command(photos, vae_path, tmp_path / "out", "--device", "meta"), "--device meta cannot be used")
+    broken = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    config = json.loads((broken / "config.json").read_text())
+    for change in ({"norm_num_groups": 0}, {"block_out_channels": []}):
+        (broken / "config.json").write_text(json.dumps({**config, **change}))
+        refused(capsys, command(photos, broken, tmp_path / "out"), "vae holds no autoencoder that can be loaded")

@@ -88,7 +88,7 @@ def test_a_missing_file_is_named() -> None:
     ("words", "message"),
     [
         (["--steps", "0"], r"--steps must be at least 1, got 0"),
-        (["--batch-size", "-1"], r"--batch-size must be at least 1, got -1"),
+        (["--batch-size", "-1"], r"--batch-size must be from 1 to 1,000,000, got -1"),
         (["--lr-warmup", "-1"], r"--lr-warmup must be 0 or more, got -1"),
         (["--workers", "-1"], r"--workers must be 0 or more, got -1"),
         (["--label-dropout", "1"], r"--label-dropout must be at least 0 and below 1, got 1\.0"),

@@ -91,7 +91,7 @@ def open_data(
 
 def _layout_of(path: Path) -> Layout:
     """The one layout that `path` is in. Raises InputError for none and for two."""
-    if not path.exists():
+    if not os.path.exists(path):  # False too for a name that no file can have
         raise InputError(
             f"data: {path} does not exist; give `digits` or a folder of latents (sra2-fast prepare makes one)"
         )

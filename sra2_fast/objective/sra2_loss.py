@@ -154,6 +154,8 @@ class SRA2Loss:
         given = {"t": t, "noise": noise, "label_drop": label_drop, "teacher_gap": teacher_gap}
         self._check(latents, {"labels": labels, **given}, {"features": features, "teacher": teacher})
         sit = unwrapped(model)
+        if latents.dtype == torch.float64 != next(sit.parameters()).dtype:
+            raise must_have_type("SRA2Loss", "latents", "float32 or bfloat16 for this model", latents.dtype)
         if latents.dtype == torch.bfloat16:
             latents, given["noise"] = latents.float(), None if noise is None else noise.float()
         if self.align is not None and sit.align_depth is None:
@@ -198,6 +200,9 @@ class SRA2Loss:
             raise must_be("SRA2Loss", "latents", "(B, C, H, W)", tuple(latents.shape))
         if not latents.is_floating_point() or latents.dtype == torch.float16:
             raise must_have_type("SRA2Loss", "latents", "float32 or bfloat16", latents.dtype)
+        labels = tensors["labels"]
+        if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+            raise must_have_type("SRA2Loss", "labels", "int64", labels.dtype)  # the null label is no int8
         for name, value in tensors.items():
             shape = latents.shape if name == "noise" else latents.shape[:1]
             if value is not None and value.shape != shape:

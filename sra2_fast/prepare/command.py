@@ -283,7 +283,7 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[str, str]:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"prepare: --device {device} cannot be used ({reason}); try --device cpu") from error

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import sys
 import types
 import typing
@@ -36,6 +37,7 @@ class Bound(NamedTuple):
 
 
 ANY = Bound("a finite number", lambda value: True)
+COUNT = Bound("from 1 to 1,000,000", lambda value: 1 <= value <= 10**6)
 AT_LEAST_1 = Bound("at least 1", lambda value: value >= 1)
 FROM_0 = Bound("0 or more", lambda value: value >= 0)
 ABOVE_0 = Bound("above 0", lambda value: value > 0)
@@ -69,7 +71,7 @@ class TrainOptions:
     ignore_labels: bool = _option(False, "train without classes, whatever labels the data have")
     model: str = _option("SiT-B/2", "a registry name, or 'D,depth,heads,patch' such as 128,6,4,2")
     num_classes: int | None = _option(
-        None, "labels of the model, without the null label (default: those of the data)", AT_LEAST_1
+        None, "labels of the model, without the null label (default: those of the data)", COUNT
     )
     qk_norm: bool = _option(False, "normalise queries and keys")
     init: str | None = _option(
@@ -81,7 +83,7 @@ class TrainOptions:
     freeze: str | None = _option(None, "parameters that are not trained: PATTERN,... such as 'blocks.0.*,x_embedder.*'")
     lr_scale: str | None = _option(None, "factors of the learning rate: PATTERN=FACTOR,... such as 'projector.*=10'")
     steps: int = _changeable(400_000, "train up to this step", AT_LEAST_1)
-    batch_size: int = _option(recipe.BATCH_SIZE, "images a step", AT_LEAST_1)
+    batch_size: int = _option(recipe.BATCH_SIZE, "images a step", COUNT)
     microbatch: int | None = _changeable(None, "images run at once, the batch in turn (default: all)", AT_LEAST_1)
     seed: int = _option(0, "of the weights, the data order, time, noise and label dropout", SEED)
 
@@ -137,7 +139,7 @@ class TrainOptions:
     log: Literal["auto", "tensorboard", "wandb", "none"] = _changeable(
         "auto", "what takes the numbers besides metrics.jsonl; auto: TensorBoard where it is installed"
     )
-    log_every: int = _changeable(50, "steps between lines of metrics.jsonl", AT_LEAST_1)
+    log_every: int = _changeable(50, "steps between lines of metrics.jsonl", COUNT)
     checkpoint_every: int = _changeable(10_000, "steps between checkpoints; one is always saved at the end", AT_LEAST_1)
     keep_checkpoints: int = _changeable(0, "delete all but the newest that many; 0: keep all", FROM_0)
     sample_every: int = _changeable(10_000, "steps between sample grids, one more at the end; 0: none", FROM_0)
@@ -206,10 +208,14 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The options in a TOML file; names may be written with - or _, numbers of channels as a number or a list."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would wait for a writer
+            raise InputError(f"train: --config {path}: not a regular file")
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
         raise InputError(f"train: --config {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise InputError(f"train: --config {path}: not valid TOML: nested too deeply") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"train: --config {path}: not valid TOML: {error}") from error
     kinds = {name: kind for name, kind, _ in _fields()}

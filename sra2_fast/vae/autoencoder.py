@@ -24,7 +24,7 @@ from torch import nn
 from ..errors import InputError
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")  # of diffusers
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ArithmeticError, IndexError, AttributeError)
 LOGVAR_RANGE = (-30.0, 20.0)  # as AutoencoderKL clamps it, so that std stays finite
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from ..source import LatentSource, digest
 
 SUFFIX = ".npy"
 MAGIC = b"\x93NUMPY"
+# The latter from inside numpy, for headers that nobody wrote.
+UNREADABLE = (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError)
 
 
 def read_npy(path: str | Path) -> np.ndarray:
@@ -26,17 +30,22 @@ def read_npy(path: str | Path) -> np.ndarray:
     Raises InputError naming the file where it is missing, cut off, no .npy, or holds Python objects.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             data = file.read()
         if data[:6] != MAGIC:
             raise ValueError("it is no .npy file")
         # Version 1 has two bytes for the length of the header, later ones four.
         start = 10 + int.from_bytes(data[8:10], "little") if data[6] == 1 else 12 + int.from_bytes(data[8:12], "little")
         dtype, shape, is_fortran = _parse_header(data[:start])
-        flat = np.frombuffer(data, dtype, count=int(np.prod(shape, dtype=np.int64)), offset=start)
+        flat = np.frombuffer(data, dtype, count=math.prod(shape), offset=start)
         return flat.reshape(shape, order="F" if is_fortran else "C")
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(f"data: {path} cannot be read ({one_line(error)}); encode this image again") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """As open() would; a FIFO would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @functools.lru_cache(maxsize=64)
@@ -45,6 +54,8 @@ def _parse_header(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"it holds an array of shape {shape}")
     if dtype.kind not in "fiu":
         raise ValueError(
             "it holds a pickle, which is never opened" if dtype.hasobject else f"it holds {dtype}, no numbers"

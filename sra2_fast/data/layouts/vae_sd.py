@@ -13,7 +13,6 @@ it lies beside the folder or in it, and anything else has to be told.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
+from ...schemas import Damaged, read_json
 from ..normalisation import (
     E2E_INVAE_CHANNELS,
     E2E_INVAE_SCALE,
@@ -155,15 +155,15 @@ def _statistics_file(folder: Path) -> Path | None:
 
 def _read_labels(path: Path) -> dict[str, int] | None:
     """File name -> label; None for "labels": null. Raises InputError where there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(
             f"data: {path} is missing; it holds the labels of the samples beside it (--ignore-labels does without)"
         )
     try:
-        return labels_of(json.loads(path.read_bytes())["labels"], str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+        return labels_of(read_json(path)["labels"], str(path))
+    except Damaged as error:
+        raise InputError(f"data: {path} {error}; write it again") from error
+    except (KeyError, TypeError) as error:
         raise InputError(f"data: {path} cannot be read ({error!r}); write it again") from error
 
 
@@ -183,7 +183,9 @@ def labels_of(entries: Any, where: str) -> dict[str, int] | None:
         name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, -1)
         if not isinstance(name, str) or not _is_label(label):
             raise InputError(f"data: {where}: label out of range: {entry!r} must be [file, integer from 0]")
-        labels[name.replace("\\", "/")] = label
+        name = name.replace("\\", "/")
+        if labels.setdefault(name, label) != label:
+            raise InputError(f"data: {where}: {name} has two labels, {labels[name]} and {label}; leave one")
     return labels
 
 
