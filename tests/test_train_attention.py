@@ -10,6 +10,7 @@ import pytest
 from training_runs import assert_same_checkpoint, final, records, tiny
 
 from sra2_fast import backends, choices, cli, load_checkpoint
+from sra2_fast.schemas import sealed
 from sra2_fast.train.loop import train
 from sra2_fast.train.options import TrainOptions, add_arguments, read_options
 
@@ -54,7 +55,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_goes_on(
     state = final(tmp_path / "run", 2) / "state.json"
     about = json.loads(state.read_text())
     del about["choices"]
-    state.write_text(json.dumps(about))
+    state.write_text(json.dumps(sealed(about)))
     assert "attention sdpa (measured: " in run(tmp_path / "run", capsys, steps=4)
 
 
