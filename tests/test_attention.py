@@ -210,3 +210,23 @@ def test_every_name_is_known_everywhere() -> None:
     assert names == set(op.BACKENDS)
     with pytest.raises(ImportError):
         op.find("flash-attn-3")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_more_samples_than_a_grid_holds_are_computed_in_parts(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses a grid of more than 65,535 in y or z, where attention's kernels count samples."""
+    monkeypatch.setattr(op, "MOST_SAMPLES", 3)
+    seen: list[int] = []
+
+    def separate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(len(q))
+        return op.sdpa(q, k, v)
+
+    backend = op.Backend("counting", separate, device_type=None, dtypes=None)
+    qkv = torch.randn(7, 4, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    out = op.attention(qkv, backend) if packed else op.attention_unpacked(*qkv.unbind(2), backend)
+    assert seen == [3, 3, 1]
+    want = op.sdpa(*qkv.unbind(2))
+    torch.testing.assert_close(out, want)
+    cotangent = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(one, qkv, cotangent)[0] for one in (out, want)))

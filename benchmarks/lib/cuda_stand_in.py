@@ -207,7 +207,7 @@ _stream = Stream()
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_, **__: True,
-    "device_count": lambda: 1,
+    "device_count": lambda: 2,
     "current_device": lambda: 0,
     "get_device_name": lambda *_, **__: NAME,
     "get_device_capability": lambda *_, **__: CAPABILITY,

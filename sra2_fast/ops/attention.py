@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import backends
 from .attention_matmul import attention_matmul
 
+MOST_SAMPLES = 65_535  # kernels count samples in a grid's y or z, which ends there
 Packed = Callable[[Tensor], Tensor]  # (B, N, 3, H, head_dim) -> (B, N, H, head_dim)
 Separate = Callable[[Tensor, Tensor, Tensor], Tensor]  # each (B, N, H, head_dim)
 
@@ -111,6 +112,8 @@ def attention(qkv: Tensor, backend: Backend = SDPA) -> Tensor:
     backend: SDPA runs instead for tensors it does not take, and PyTorch's composition in forward-mode differentiation.
     Returns (B, N, H, head_dim) in qkv's type.
     """
+    if len(qkv) > MOST_SAMPLES:
+        return torch.cat([attention(part, backend) for part in qkv.split(MOST_SAMPLES)])
     if backend.packed is not None and backend.takes(qkv) and forward_ad._current_level < 0:
         return backend.packed(qkv)
     q, k, v = qkv.unbind(2)
@@ -119,6 +122,9 @@ def attention(qkv: Tensor, backend: Backend = SDPA) -> Tensor:
 
 def attention_unpacked(q: Tensor, k: Tensor, v: Tensor, backend: Backend = SDPA) -> Tensor:
     """The same for q, k, v of (B, N, H, head_dim) each, as they are where q and k were normalised."""
+    if len(q) > MOST_SAMPLES:
+        parts = zip(q.split(MOST_SAMPLES), k.split(MOST_SAMPLES), v.split(MOST_SAMPLES), strict=True)
+        return torch.cat([attention_unpacked(*part, backend) for part in parts])
     if forward_ad._current_level >= 0:  # the one level of torch.func.jvp or of forward_ad that may be open
         return _math(q, k, v)
     return (backend if backend.takes(v) else SDPA).separate(q, k, v)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import step_time
 import torch
-from lib.step_rows import Setting, StepRow, fill_zeros
+from lib.step_rows import ROUNDINGS_A_BLOCK, Setting, StepRow, fill_zeros
 from rehearsal import sized
+from tolerance import allowed
 
 from sra2_fast import SiT, SRA2Loss
 
@@ -93,6 +94,41 @@ def test_every_gradient_is_as_accurate_as_eagers(align: str, qk_norm: bool, devi
     for name, want in true.items():
         error = {kind: float((got[name] - want).norm() / want.norm()) for kind, got in (("e", eager), ("f", fused))}
         assert error["f"] <= 1.5 * error["e"] + 2.0**-8, f"{name}: fused {error['f']:.2e}, eager {error['e']:.2e}"
+
+
+def test_more_samples_than_a_grid_holds_in_y(device: torch.device) -> None:
+    """CUDA's grids end at 65,535 in y and z: a whole forward and backward of more, each sample as in a small batch."""
+    sizes = dict(input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10, align_depth=1)  # noqa: C408
+    model = SiT(**sizes, implementation="fused", learn_sigma=False).to(device)
+    fill_zeros(model)
+    count = sized(65_600, 6)
+    x, t = torch.randn(count, 4, 4, 4, device=device), torch.rand(count, device=device)
+    labels = torch.arange(count, device=device) % 10
+
+    def velocity_and_gradient(given: torch.Tensor, samples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        given = given.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            velocity = model.eval()(given, t[samples], labels[samples])
+        velocity.float().square().sum().backward()
+        assert given.grad is not None
+        return velocity.detach(), given.grad
+
+    last = slice(count - 3, count)
+    many, few = velocity_and_gradient(x, slice(None)), velocity_and_gradient(x[last], last)
+    limit = allowed(torch.bfloat16, 2 * 2 * ROUNDINGS_A_BLOCK)  # two blocks, there and back
+    for got, want in zip(many, few, strict=True):
+        assert float((got[last].double() - want.double()).norm() / want.double().norm()) < limit
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("row", ["sra2-cosine", "sra"])
+def test_a_step_on_the_second_gpu_while_the_first_is_current(row: str) -> None:
+    """A kernel is launched on the current device, whichever that is, with addresses of another."""
+    assert torch.cuda.current_device() == 0
+    step = StepRow(row, setting(device=torch.device("cuda:1")))
+    step.check()
+    step.remember()
+    step.check_after(step())
 
 
 def test_step_time_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
