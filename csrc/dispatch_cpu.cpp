@@ -37,3 +37,5 @@ extern "C" const char* sra2_cpu_isa(void) {
     default: return "base";
   }
 }
+
+extern "C" int32_t sra2_operators(void) { return SRA2_OPERATORS; }

@@ -317,6 +317,8 @@ int32_t sra2_norm_bwd_cuda(const sra2_norm* args, void* stream) {
 
 int64_t sra2_norm_workspace(sra2_shape shape) { return shape.B * slices_per_sample(shape) * 3 * shape.D; }
 
+int32_t sra2_operators(void) { return SRA2_OPERATORS; }
+
 int32_t sra2_cuda_driver_needed(void) {
   int have = 0, built = 0;
   cudaDriverGetVersion(&have);  // 0 without a driver

@@ -25,6 +25,10 @@ typedef struct {
 typedef int32_t (*sra2_parallel)(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*),
                                  void* context);
 
+/* Raised with every change of an operator's schema (sra2_fast/ops/): the Python beside a library that was built before
+   it would hand the kernels other arguments. sra2_fast/backends.py compares; each library has the function. */
+#define SRA2_OPERATORS 2
+SRA2_API int32_t sra2_operators(void);
 /* "avx512", "avx2" or "base": the instruction set the CPU kernels use. SRA2_CPU_ISA=avx2|base asks for a lesser one. */
 SRA2_API const char* sra2_cpu_isa(void);
 /* 0 where the driver can run this build, else the version it needs (13000 is CUDA 13.0). */

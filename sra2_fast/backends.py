@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).resolve().parent
 _OLDEST_TORCH = (2, 10)
+_OPERATORS = 2  # SRA2_OPERATORS of csrc/sra2_c_api.h
 
 # What can run each op on each kind of device, the best first; PyTorch's own operators run what is left.
 PYTORCH = "pytorch"
@@ -268,17 +269,18 @@ def _load_extension(kind: str) -> tuple[bool, str]:
             return False, f"not loaded: torch {torch.__version__} has no CUDA"
         if not torch.cuda.is_available():
             return False, "not loaded: no usable GPU or driver"
-        try:
-            needed = ctypes.CDLL(str(path)).sra2_cuda_driver_needed()
-        except OSError as error:
-            return False, f"not loaded: {error}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return False, f"not loaded: torch {torch.__version__} cannot load {path.name}: {error}"
+    if not hasattr(library, "sra2_operators") or library.sra2_operators() != _OPERATORS:
+        return False, f"not loaded: {path.name} was built from other sources; install again: pip install -e ."
+    if kind == "cuda":
+        needed = library.sra2_cuda_driver_needed()
         if needed:
             needs = f"{needed // 1000}.{needed % 1000 // 10}"
             return False, f"not loaded: built with CUDA {needs}, the driver ({_driver_version()}) is too old for it"
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return False, f"not loaded: torch {torch.__version__} cannot load {path.name}: {error}"
+    torch.ops.load_library(str(path))
     instructions = f"{cpu_instruction_set()}, " if kind == "cpu" else ""
     return True, f"loaded ({instructions}{_build_record(kind)})"
 

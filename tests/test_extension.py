@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import torch
 from repository import ROOT
 
 from sra2_fast import backends, cli
+from sra2_fast.ops import adamw_ema  # noqa: F401  (registers its operators)
+from sra2_fast.ops.registry import ADAPTERS
 
 pytestmark = pytest.mark.slow
 
@@ -219,7 +222,8 @@ def test_a_library_that_does_not_load_is_reported(other_folder, monkeypatch):
 @needs_compiler
 def test_a_driver_that_is_too_old_is_reported(other_folder, monkeypatch):
     source = other_folder / "driver.c"
-    source.write_text("int sra2_cuda_driver_needed(void) { return 13000; }\n")
+    operators = f"int sra2_operators(void) {{ return {backends._OPERATORS}; }}\n"
+    source.write_text(operators + "int sra2_cuda_driver_needed(void) { return 13000; }\n")
     library = other_folder / "_C_cuda.so"
     subprocess.run([COMPILER, "-x", "c", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -233,6 +237,28 @@ def test_a_driver_that_is_too_old_is_reported(other_folder, monkeypatch):
     message = "not loaded: built with CUDA 13.0, the driver (535.1) is too old for it"
     assert not backends.has_extension("cuda")
     assert backends.choose("layer_norm_modulate", "cuda").why_not_better.endswith(message)
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", ["int unrelated;", "int sra2_operators(void) { return 1; }"], ids=["none", "older"])
+def test_a_library_of_other_sources_is_not_loaded(other_folder, source):
+    """After a pull without an install the kernels read the arguments of another schema, and the process died."""
+    (other_folder / "library.c").write_text(source)
+    library = other_folder / "_C_cpu.so"
+    subprocess.run([COMPILER, "-x", "c", "-shared", "-fPIC", other_folder / "library.c", "-o", library], check=True)
+    assert not backends.has_extension("cpu")
+    wanted = "not loaded: _C_cpu.so was built from other sources; install again: pip install -e ."
+    assert backends.status()["cpu_extension"].startswith(wanted)
+
+
+def test_the_number_of_the_operators_is_raised_with_their_schemas():
+    """Schemas that csrc/ implements. Where this fails: raise SRA2_OPERATORS and backends._OPERATORS, then the hash."""
+    with_kernels = [name for name in ADAPTERS if not name.startswith("linear")]
+    schemas = "\n".join(str(getattr(torch.ops.sra2_fast, name).default._schema) for name in sorted(with_kernels))
+    recorded = {2: "b9b6c5d6952b1a1e"}
+    assert hashlib.sha256(schemas.encode()).hexdigest()[:16] == recorded[backends._OPERATORS]
+    header = (ROOT / "csrc" / "sra2_c_api.h").read_text()
+    assert f"#define SRA2_OPERATORS {backends._OPERATORS}\n" in header
 
 
 def test_info_prints_everything_status_knows(capsys):

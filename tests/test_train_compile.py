@@ -13,6 +13,7 @@ from training_runs import final, records, tiny
 
 from sra2_fast import load_checkpoint
 from sra2_fast.models import compile_blocks
+from sra2_fast.models.products import set_products
 from sra2_fast.train.diagnosis import NonFiniteLoss
 from sra2_fast.train.loop import Trainer, train
 
@@ -54,11 +55,12 @@ def test_a_compiled_run_is_the_run_within_roundings(tmp_path: Path, compiled_par
         assert a["velocity"] == pytest.approx(b["velocity"], rel=1e-5)
 
 
-def graphs_of(depth: int) -> int:
+def graphs_of(depth: int, products: str = "modules") -> int:
     """Unique graphs of two training steps under autocast, with an aligned block in the middle."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     model = compile_blocks(small_model(depth=depth, align_depth=2, hidden_size=24)).train()
+    set_products(model, products)
     inputs = batch_for(model)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -71,6 +73,11 @@ def graphs_of(depth: int) -> int:
 def test_depth_28_compiles_no_more_graphs_than_depth_4(compiled_parts: list[str]) -> None:
     """The first block, those whose stream is open, the one behind the tap, normed ahead, and the final layer."""
     assert graphs_of(4) == graphs_of(28) == 4
+
+
+def test_the_epilogues_that_a_gpu_has_break_no_graph(compiled_parts: list[str]) -> None:
+    """Here the same operators run as compositions; attention's backends are in test_attention.py."""
+    assert graphs_of(4, products="epilogues") == 4
 
 
 def test_a_grid_and_a_diagnosis_compile_nothing(
