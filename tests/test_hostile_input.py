@@ -172,7 +172,7 @@ SHARD = {"file": "latents-00000-of-00001.safetensors", "samples": 2, "bytes": 3,
 def test_what_may_not_stand_in_an_index_is_named(tmp_path: Path, change: dict[str, Any], match: str) -> None:
     index = {name: value for name, value in json.loads(write_data(tmp_path).read_text()).items() if name != SEAL}
     (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
-    with one_line(rf"index\.json is damaged \({match}.*; run the same sra2-fast prepare again"):
+    with one_line(rf"index\.json is damaged \({match}.*; run the same sra2-fast prepare"):
         open_data(tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_every_changed_digit_of_an_index_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [DEEP, b"{", b"\xff\xff", b"[1]", b"null", b""])
 def test_an_index_that_is_no_object_is_named(tmp_path: Path, text: bytes) -> None:
     write_data(tmp_path).write_bytes(text)
-    with one_line(r"index\.json .*; run the same sra2-fast prepare again"):
+    with one_line(r"index\.json .*; run the same sra2-fast prepare"):
         open_data(tmp_path)
 
 
