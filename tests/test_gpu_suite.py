@@ -117,28 +117,20 @@ def test_every_bench_and_every_gpu_test_is_in_a_stage(tmp_path: Path) -> None:
 def test_the_report_sets_every_step_beside_the_public_one(tmp_path: Path) -> None:
     records = tmp_path / "gpu_suite.jsonl"
     common = {"row": "baseline", "precision": "bf16", "mfu": 0.5, "images_per_s": 320.0, "peak_memory_bytes": 2**30}
+    common |= {"captured": False}
     steps = [("eager", False, 120.0), ("eager", True, 75.0), ("fused", True, 999.0), ("fused", True, 50.0)]
     lines = [
         {**common, "implementation": how, "compiled": is_compiled, "ms_median": ms, "device": "card"}
         for how, is_compiled, ms in steps
     ]
+    lines.append({**lines[-1], "captured": True, "ms_median": 40.0})
     lines.append({"stage": "step", "part": "peaks", "result": "passed"})
     records.write_text("\n".join(map(json.dumps, lines)))
     table = step_report(records).splitlines()
-    assert table[1] == "card" and len(table) == 6  # the last measurement of a row stands for it
-    assert table[-1].split() == [
-        "baseline",
-        "fused,",
-        "compiled",
-        "bf16",
-        "50.0",
-        "320",
-        "50",
-        "%",
-        "1.0",
-        "2.40x",
-        "1.50x",
-    ]
+    assert table[1] == "card" and len(table) == 7  # the last measurement of a row stands for it
+    assert table[-2].split()[:4] == ["baseline", "fused,", "compiled", "bf16"]
+    assert table[-2].split()[4:] == ["50.0", "320", "50", "%", "1.0", "2.40x", "1.50x"]
+    assert "fused, compiled, captured" in table[-1] and table[-1].split()[-2:] == ["3.00x", "1.88x"]
 
 
 def stand_in(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

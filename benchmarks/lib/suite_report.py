@@ -10,18 +10,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-PUBLIC = ("baseline", "eager", "bf16", False)
-PUBLIC_COMPILED = ("baseline", "eager", "bf16", True)
+PUBLIC = ("baseline", "eager", "bf16", False, False)
+PUBLIC_COMPILED = ("baseline", "eager", "bf16", True, False)
 COLUMNS = ("row", "implementation", "precision", "ms a step", "img/s", "MFU", "peak GiB", "over public", "compiled")
 
 
 def latest_steps(records: Path) -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
-    """{card: {(row, implementation, precision, is compiled): its last line}} of the step_time lines of a record."""
+    """{card: {(row, implementation, precision, is compiled, is captured): its last line}} of step_time's lines."""
     found: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for text in records.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if "images_per_s" in line and "mfu" in line:
-            key = (line["row"], line["implementation"], line["precision"], line["compiled"])
+            key = tuple(line[name] for name in ("row", "implementation", "precision", "compiled", "captured"))
             found.setdefault(line["device"], {})[key] = line
     return found
 
@@ -31,8 +31,8 @@ def step_report(records: Path) -> str:
     lines = []
     for card, steps in latest_steps(records).items():
         cells = [list(COLUMNS)]
-        for (row, implementation, precision, is_compiled), one in steps.items():
-            how = f"{implementation}, compiled" if is_compiled else implementation
+        for (row, implementation, precision, is_compiled, is_captured), one in steps.items():
+            how = ", ".join([implementation, *["compiled"] * is_compiled, *["captured"] * is_captured])
             rivals = [steps.get(key) for key in (PUBLIC, PUBLIC_COMPILED)]
             ratios = ["-" if r is None else f"{r['ms_median'] / one['ms_median']:.2f}x" for r in rivals]
             peak = f"{one['peak_memory_bytes'] / 2**30:.1f}"

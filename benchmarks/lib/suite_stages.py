@@ -24,7 +24,8 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 INTERPRETED = (("TRITON_INTERPRET", "1"),)
 XL = ("--model", "SiT-XL/2", "--batch-size", "32")
 TINY = ("--model", "64,2,2,8", "--batch-size", "2")
-CAPTURED = ("--compile",)  # how `sra2-fast train` runs on CUDA
+LAUNCHED, COMPILED = ("--no-compile",), ("--compile",)
+CAPTURED = (*COMPILED, "--graph")
 MOST_PROCESSES = 12  # of tests: each compiles its own kernels, and holds half a gigabyte of the GPU
 
 
@@ -77,7 +78,8 @@ def kernels(plan: Plan) -> list[Part]:
     return [
         *parts,
         Part("extension and optimizer tests", plan.gpu_tests("gpu_extension", "gpu_optim"), 100),
-        Part("step and trainer tests", plan.gpu_tests("gpu_step", "gpu_train"), 150),
+        Part("attention tests", plan.gpu_tests("gpu_attention"), 80),
+        Part("step, trainer and prepare tests", plan.gpu_tests("gpu_step", "gpu_train", "gpu_prepare"), 150),
         Part("timer tests", plan.gpu_tests("gpu_timing", is_alone=True), 60),
     ]
 
@@ -104,14 +106,15 @@ def step(plan: Plan) -> list[Part]:
     one = ("--rows", "baseline")
     return [
         peaks(plan),
-        timed("ours, as it trains", "fused", 130, *both, *bf16, *CAPTURED),
-        timed("public, bf16", "eager", 70, *one, *bf16),
-        timed("public, bf16, compiled", "eager", 180, *one, *bf16, "--compile"),
-        timed("ours, launched one by one", "fused", 80, *both, *bf16),
-        timed("public, tf32", "eager", 70, *one, "--precision", "tf32"),
-        timed("public, float32", "eager", 80, *one, "--precision", "fp32"),
-        timed("ours, tf32", "fused", 70, *one, "--precision", "tf32"),
-        timed("smooth-L1, SRA, REPA", "fused", 120, "--rows", "sra2-smooth-l1,sra,repa", *bf16),
+        timed("ours, captured", "fused", 140, *both, *bf16, *CAPTURED),
+        timed("public, bf16", "eager", 70, *one, *bf16, *LAUNCHED),
+        timed("public, bf16, compiled", "eager", 180, *one, *bf16, *COMPILED),
+        timed("ours, compiled", "fused", 120, *both, *bf16, *COMPILED),
+        timed("ours, launched one by one", "fused", 80, *both, *bf16, *LAUNCHED),
+        timed("public, tf32", "eager", 70, *one, "--precision", "tf32", *LAUNCHED),
+        timed("public, float32", "eager", 80, *one, "--precision", "fp32", *LAUNCHED),
+        timed("ours, tf32", "fused", 70, *one, "--precision", "tf32", *LAUNCHED),
+        timed("smooth-L1, SRA, REPA", "fused", 120, "--rows", "sra2-smooth-l1,sra,repa", *bf16, *LAUNCHED),
     ]
 
 
@@ -142,6 +145,7 @@ def memory(plan: Plan) -> list[Part]:
     batches = "1,2" if plan.is_rehearsal else "8,16,32,64,128,256"
     model = TINY[:2] if plan.is_rehearsal else XL[:2]
     given = (*model, "--batches", batches, "--device", "cuda", "--precision", "bf16", "--json", str(plan.records))
+    given += LAUNCHED  # compiling for every batch takes the time
     return [
         Part(f"memory, {name}", plan.script("step_memory", *given, "--implementation", name), 200, is_shown=True)
         for name in ("fused", "eager")
