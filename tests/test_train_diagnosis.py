@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_runs import final, records, tiny
 
-from sra2_fast.train.diagnosis import NonFiniteLoss, StepHistory, name_terms
+from sra2_fast.train.diagnosis import Fetch, NonFiniteLoss, StepHistory, name_terms
 from sra2_fast.train.loop import Trainer, train
 
 pytestmark = pytest.mark.training
@@ -89,3 +89,44 @@ def test_terms_are_named_by_their_loss_first() -> None:
     assert name_terms([nan, nan, nan]) == "velocity and align"
     assert name_terms([1.0, nan, nan]) == "align"
     assert name_terms([1.0, 1.0, nan]) == "gradient"
+
+
+class Late(Fetch):
+    """Figures that arrive some steps after they were sent for, as a GPU's do; on a CPU they are here at once."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        super().__init__(rows)
+        self.polls = 0
+
+    def has_arrived(self) -> bool:
+        self.polls += 1
+        return self.polls > 3
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 7}, {"log_every": 2}], ids=str)
+def test_figures_that_arrive_late_are_the_same_metrics(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same order, each once; a checkpoint and a log point wait for those before them."""
+    train(tiny(tmp_path / "at once", steps=12, **options))
+    monkeypatch.setattr("sra2_fast.train.diagnosis.Fetch", Late)
+    train(tiny(tmp_path / "late", steps=12, **options))
+    at_once, late = (
+        [{k: v for k, v in one.items() if k != "images_per_s"} for one in records(tmp_path / name)]
+        for name in ("at once", "late")
+    )
+    assert at_once == late and at_once[-1]["step"] == 12
+
+
+def test_a_loss_that_is_not_finite_is_found_late_with_the_weights_of_before(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sra2_fast.train.diagnosis.Fetch", Late)
+    good = trainer("good", lr=1e30, steps=1)
+    good.train()
+    bad = trainer("bad", lr=1e30, steps=20)
+    with pytest.raises(NonFiniteLoss, match=r"step 2: velocity"):
+        bad.train()
+    assert bad.step == 13  # the log point after step 10 arrived after three more
+    for one, other in zip(good.model.parameters(), bad.model.parameters(), strict=True):
+        assert torch.equal(one, other)

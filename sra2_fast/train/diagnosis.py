@@ -22,6 +22,26 @@ class NonFiniteLoss(RuntimeError):
     """The run stopped because a loss or the gradient is not finite; the message is one line."""
 
 
+class Fetch:
+    """Rows on their way from the device to the host: a copy into pinned memory that nobody waits for."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._arrived = torch.cuda.Event() if rows.is_cuda else None
+        self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+        self._host.copy_(rows, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def has_arrived(self) -> bool:
+        """Whether `rows` would not wait."""
+        return self._arrived is None or self._arrived.query()
+
+    def rows(self) -> list[list[float]]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 class StepHistory:
     """(velocity, align, gradient norm) of the steps since the last log point, on the device.
 
@@ -51,8 +71,12 @@ class StepHistory:
         self._count += 1
 
     def read(self) -> list[list[float]]:
-        """The rows so far: the one synchronisation of a log interval."""
-        return self._rows[: self._count].tolist()
+        """The rows so far; waits for the device."""
+        return self.fetch().rows()
+
+    def fetch(self) -> Fetch:
+        """The rows so far, without waiting; what is recorded later does not change them."""
+        return Fetch(self._rows[: self._count])
 
     def clear(self) -> None:
         self._count = 0

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -28,7 +28,7 @@ from ..progress import progress_bar
 from ..vae.decode import make_decoder
 from . import build
 from .allocator import keep_freed_memory
-from .diagnosis import NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
+from .diagnosis import Fetch, NonFiniteLoss, StepHistory, describe, first_non_finite, largest_activations
 from .grid import SampleGrid
 from .initial import load_initial
 from .interrupt import Interrupt, Interrupted
@@ -81,6 +81,13 @@ def train(options: TrainOptions) -> TrainResult:
         directory.close()
 
 
+class LogPoint(NamedTuple):
+    """A step after which metrics are written, and its figures, which may be on their way yet."""
+
+    step: int
+    figures: Fetch
+
+
 class Trainer:
     """The pieces of one run: resolved options, where the data and the folder are, and the step that is repeated."""
 
@@ -120,6 +127,7 @@ class Trainer:
             step=checkpoint.step if checkpoint else 0,
         )
         self.chosen = self.take_step.choose(min(options.batch_size, options.microbatch or options.batch_size))
+        self._log_point: LogPoint | None = None
         self._saved_step = self.step
         self._is_between_steps = True
         self.grid = self._make_grid()
@@ -148,14 +156,15 @@ class Trainer:
         self.model.train()
         under_way = self.step  # until it is logged, saved and its samples are drawn
         with Interrupt(lambda: under_way) as interrupt:
-            self._restart_clock()
+            self._clock_start, self._clock_step = time.perf_counter(), self.step
             if self._lacks_samples():
                 self._draw_samples(interrupt)
             if is_done or interrupt.signal:
                 return TrainResult(self.step, self.checkpoint, interrupt.exit_code, None)
             bar = progress_bar(desc="train", unit="step", total=options.steps, initial=self.step)
             with self._saving_on_failure(), bar as self.bar:
-                if len(self.take_step.history) == options.log_every:
+                if len(self.take_step.history) == options.log_every:  # a record that could not be written
+                    self._begin_log()
                     self._log()
                 under_way = self.step + 1
                 with contextlib.closing(self._batches(self.step, options.steps - self.step)) as batches:
@@ -180,8 +189,11 @@ class Trainer:
         """Log, save and draw where it is time to."""
         is_last = self.step == self.options.steps
         if is_last or self.step % self.options.log_every == 0:
+            self._begin_log()
+        if is_last or (self._log_point is not None and self._log_point.figures.has_arrived()):
             self._log()
         if is_last or interrupt.signal or self.step % self.options.checkpoint_every == 0:
+            self._log()
             self._save()
         if not interrupt.signal and self._is_time_for_samples():
             self._draw_samples(interrupt)
@@ -219,12 +231,11 @@ class Trainer:
             for batch in batches:
                 yield batch.map(lambda tensor: tensor.to(self.device, non_blocking=True)) if on_gpu else batch
 
-    def _read_history(self) -> list[list[float]]:
-        """The losses since the last log point. Raises NonFiniteLoss, with the weights as before the bad step."""
-        rows = self.take_step.history.read()
+    def _finite(self, rows: list[list[float]], last_step: int) -> list[list[float]]:
+        """The losses of the steps up to `last_step`. Raises NonFiniteLoss, with the weights as before the bad step."""
         bad = first_non_finite(rows)
         if bad is not None:
-            step = self.step - len(rows) + bad
+            step = last_step - len(rows) + bad
             with contextlib.closing(self._batches(step, 1)) as batches:
                 batch = next(batches)
             with torch.compiler.set_stance("force_eager"):
@@ -233,37 +244,47 @@ class Trainer:
             raise NonFiniteLoss(describe(step + 1, rows[bad], activations, whole, self.options.precision))
         return rows
 
+    def _begin_log(self) -> None:
+        """Send the figures since the last log point on their way; `_log` writes them down when they are here."""
+        self._log()  # the one before: in order
+        history = self.take_step.history
+        self._log_point = LogPoint(self.step, history.fetch())
+        history.clear()
+
     def _log(self) -> None:
-        rows = self._read_history()
-        seconds = max(time.perf_counter() - self._clock_start, 1e-9)
-        images_per_s = (self.step - self._clock_step) * self.options.batch_size / seconds
+        """Write the log point that is under way, if one is; waits for its figures."""
+        if self._log_point is None:
+            return
+        step, figures = self._log_point
+        rows = self._finite(figures.rows(), step)
+        now = time.perf_counter()
+        images_per_s = (step - self._clock_step) * self.options.batch_size / max(now - self._clock_start, 1e-9)
         velocity, align, grad_norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        weight = self.loss_fn.align_weight * self.loss_fn.schedule.factor(self.step - 1)
+        weight = self.loss_fn.weight_at(step - 1)
         self.record = {
-            "step": self.step,
+            "step": step,
             "loss": velocity + weight * align,
             "velocity": velocity,
             "align": align,
             "align_weight": weight,
             "grad_norm": grad_norm,
-            **self.schedule.at(self.step),
-            "images": self.step * self.options.batch_size,
+            **self.schedule.at(step),
+            "images": step * self.options.batch_size,
             "images_per_s": images_per_s,
         }
         self.directory.log(self.record)
+        self._log_point = None
         self.bar.set_postfix_str(f"loss {self.record['loss']:.4f}, align {align:.4f}, {images_per_s:.0f} images/s")
-        self.take_step.history.clear()
-        self._restart_clock()
-
-    def _restart_clock(self) -> None:
-        """images/s leaves out saving and sampling, and starts anew at each log point."""
-        self._clock_start, self._clock_step = time.perf_counter(), self.step
+        # images/s leaves out saving and sampling, and starts anew when the figures of a log point are here.
+        self._clock_start, self._clock_step = now, step
 
     def _save(self) -> None:
         """Save this step, unless it is saved."""
         if self._saved_step == self.step:
             return
-        pending = self._read_history()
+        pending = self._finite(self.take_step.history.read(), self.step)
+        if self._log_point is not None:  # one that could not be written
+            pending = self._finite(self._log_point.figures.rows(), self._log_point.step) + pending
         paused = time.perf_counter()
         self.directory.flush()
         named = cast(dict[str, Any], get_optimizer_state_dict(self.model, self.optimizer))
