@@ -26,7 +26,9 @@ def test_a_step_reads_nothing_on_the_host(row: str) -> None:
     assert len(ledger.trace(row, SETTING)[1]) > 100
 
 
-@pytest.mark.parametrize("read", [float, bool, lambda t: t.nonzero(), lambda t: t.tolist()], ids=str)
+@pytest.mark.parametrize(
+    "read", [float, bool, torch.nonzero, torch.Tensor.tolist], ids=["float", "bool", "nonzero", "tolist"]
+)
 def test_a_read_would_be_noticed(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Terms.evaluate
 

@@ -383,10 +383,17 @@ class Trainer:
     def _say_what_runs(self, changes: list[str], notes: list[str]) -> None:
         options = self.options
         million = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        how = f"{options.implementation}, compiled" if options.compile else options.implementation
+        parts = -(-options.batch_size // (options.microbatch or options.batch_size))
+        how = {
+            options.implementation: True,
+            "compiled": options.compile,
+            "one CUDA graph a step": options.graph,
+            "weights cast at every use": options.precision == "bf16" and not self.take_step.keeps_bf16_weights(parts),
+        }
+        ways = [*(way for way, is_so in how.items() if is_so), *self.chosen]
         tqdm.write(
             f"SiT {options.model} ({million:.1f} M parameters) on {self.source.name}: {self.description['data']}; "
-            f"{options.precision} on {options.device}, {', '.join([how, *self.chosen])}; --out {options.out}"
+            f"{options.precision} on {options.device}, {', '.join(ways)}; --out {options.out}"
         )
         if self.checkpoint is not None:
             changed = f", with {'; '.join(changes)}" if changes else ""

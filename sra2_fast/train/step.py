@@ -114,12 +114,15 @@ class TrainStep:
         Not for several microbatches, whose gradients are summed in float32, nor for the reducer of DDP, which waits for
         gradients of the parameters themselves.
         """
-        optimizer = self.optimizer
-        can_shadow = isinstance(optimizer, AdamWEMA) and optimizer.can_shadow
-        is_alone = not isinstance(self.network, DistributedDataParallel)
-        if self.autocast_dtype is not torch.bfloat16 or microbatches != 1 or not can_shadow or not is_alone:
+        if not self.keeps_bf16_weights(microbatches):
             return contextlib.nullcontext()
-        return optimizer.bf16_weights(self.network, unwrapped(self.network).float32_gradients())
+        return self.optimizer.bf16_weights(self.network, unwrapped(self.network).float32_gradients())
+
+    def keeps_bf16_weights(self, microbatches: int = 1) -> bool:
+        """Whether products read bf16 weights that the optimizer wrote; else autocast casts them at every use."""
+        can_shadow = isinstance(self.optimizer, AdamWEMA) and self.optimizer.can_shadow
+        is_alone = not isinstance(self.network, DistributedDataParallel)
+        return self.autocast_dtype is torch.bfloat16 and microbatches == 1 and can_shadow and is_alone
 
     def choose(self, batch_size: int) -> list[str]:
         """Settle what measurement decides, for this many samples at once; in words, what was chosen and how.
