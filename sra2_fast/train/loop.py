@@ -32,6 +32,7 @@ from .diagnosis import Fetch, NonFiniteLoss, StepHistory, describe, first_non_fi
 from .grid import SampleGrid
 from .initial import load_initial
 from .interrupt import Interrupt, Interrupted
+from .opening import say_what_runs
 from .options import TrainOptions
 from .resume import check_same_run, describe_run, find_checkpoint, restore
 from .run_directory import RunDirectory
@@ -131,7 +132,7 @@ class Trainer:
         self._saved_step = self.step
         self._is_between_steps = True
         self.grid = self._make_grid()
-        self._say_what_runs(changes, notes)
+        say_what_runs(self, changes, notes)
 
     @property
     def step(self) -> int:
@@ -379,29 +380,3 @@ class Trainer:
                 "versions": backends.versions(),
             }
         )
-
-    def _say_what_runs(self, changes: list[str], notes: list[str]) -> None:
-        options = self.options
-        million = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        parts = -(-options.batch_size // (options.microbatch or options.batch_size))
-        how = {
-            options.implementation: True,
-            "compiled": options.compile,
-            "one CUDA graph a step": options.graph,
-            "weights cast at every use": options.precision == "bf16" and not self.take_step.keeps_bf16_weights(parts),
-        }
-        ways = [*(way for way, is_so in how.items() if is_so), *self.chosen]
-        tqdm.write(
-            f"SiT {options.model} ({million:.1f} M parameters) on {self.source.name}: {self.description['data']}; "
-            f"{options.precision} on {options.device}, {', '.join(ways)}; --out {options.out}"
-        )
-        if self.checkpoint is not None:
-            changed = f", with {'; '.join(changes)}" if changes else ""
-            tqdm.write(f"going on from {self.checkpoint}{changed}")
-        missing = backends.without_kernels(self.device.type) if options.implementation == "fused" else ""
-        if missing:
-            tqdm.write(f"without kernels here, run by PyTorch's operators: {missing}")
-        for note in (*notes, *self.source.notes):
-            tqdm.write(note)
-        if options.sample_every and self.grid is None:
-            tqdm.write("no sample grids: pip install pillow")
