@@ -36,6 +36,7 @@ class Stream(IntEnum):
     FLIP = 10  # uniform; the mirrored image is taken where it is below 1/2, of data that hold one
     CROP = 11  # the random crop of an image by `prepare` (index = a hash of its name)
     SAMPLING_LABEL = 12  # uniform; the label of an image of `sra2-fast sample --labels random`
+    TOKENS = 13  # uniform; which of an image's tokens are aligned, where not all of them are
 
 
 def generator(stream: Stream, seed: int, step: int = 0, index: int = 0) -> np.random.Generator:

@@ -100,7 +100,12 @@ def test_a_batch_is_what_its_address_says() -> None:
     np.testing.assert_allclose(batch.latents.numpy(), want, rtol=4 * 2.0**-24, atol=1e-5)
     assert batch.labels.tolist() == (order % 3).tolist() and batch.labels.dtype == torch.int64
     assert (batch.noise.numpy() == normal(Stream.NOISE, 3, 5, range(8), source.shape)).all()
-    for name, stream in (("time", Stream.TIME), ("label", Stream.LABEL), ("teacher", Stream.TEACHER)):
+    for name, stream in (
+        ("time", Stream.TIME),
+        ("label", Stream.LABEL),
+        ("teacher", Stream.TEACHER),
+        ("token", Stream.TOKENS),
+    ):
         assert (getattr(batch, f"{name}_uniform").numpy() == uniform(stream, 3, 5, np.arange(8))).all()
 
 
@@ -123,7 +128,7 @@ def test_a_flip_is_drawn_for_every_sample_and_step_where_the_data_hold_flips() -
         want = uniform(Stream.FLIP, 3, step, np.arange(8)) < 0.5
         moved = (other.latents - one.latents)[:, 0, 0, 0] > 250  # 1000 times the scale
         assert moved.tolist() == want.tolist()
-        assert all(torch.equal(a, b) for a, b in zip(one[1:6], other[1:6], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[1:7], other[1:7], strict=True))
         drawn.append(want)
     assert 0.4 < np.mean(drawn) < 0.6  # 320 draws: three standard deviations
     assert same(mirrored, batches(Mirrored(), num_steps=40, num_workers=2))

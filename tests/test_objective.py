@@ -245,8 +245,8 @@ def test_patchify_order_and_inverse(c, p, h, w):
     assert torch.equal(unpatchify(tokens, p, h, w), image)
 
 
-@pytest.mark.parametrize("target", ["vae", "teacher"])
-def test_no_host_synchronisation(target):
+@pytest.mark.parametrize(("target", "align_tokens"), [("vae", 1.0), ("vae", 0.5), ("teacher", 1.0)])
+def test_no_host_synchronisation(target, align_tokens):
     """Meta tensors have no values: asking for one on the way raises."""
     with torch.device("meta"):
         projection_dim = 48 if target == "teacher" else None
@@ -254,7 +254,7 @@ def test_no_host_synchronisation(target):
         z, y = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="meta"):
         z.sum().item()
-    loss_fn = SRA2Loss(time="lognormal", schedule="linear", schedule_steps=5, target=target)
+    loss_fn = SRA2Loss(time="lognormal", schedule="linear", schedule_steps=5, target=target, align_tokens=align_tokens)
     loss = loss_fn(model, z, y, step=1, teacher=copy.deepcopy(model) if target == "teacher" else None)
     loss.total.backward()
     assert model.blocks[0].attn.qkv.weight.grad.is_meta

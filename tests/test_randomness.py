@@ -49,7 +49,7 @@ def test_normals_are_normal() -> None:
     assert stats.kstest(draws, "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("stream", [Stream.TIME, Stream.LABEL, Stream.TEACHER])
+@pytest.mark.parametrize("stream", [Stream.TIME, Stream.LABEL, Stream.TEACHER, Stream.TOKENS])
 def test_a_uniform_depends_on_its_address_alone(stream: Stream) -> None:
     whole = uniform(stream, 5, 7, np.arange(256))
     assert whole.dtype == np.float32 and whole.shape == (256,)

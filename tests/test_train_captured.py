@@ -56,12 +56,12 @@ def make_pair(**changes: Any) -> tuple[TrainStep, TrainStep]:
     return tuple(make_step(schedule=schedule, graph=graph, **changes) for graph in (True, False))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("dtype", [None, BF16], ids=str)
-def test_replays_are_the_steps_bit_for_bit(dtype: torch.dtype | None) -> None:
-    """Rate, decay and alignment weight change at every step; what comes back stays what it was."""
+@pytest.mark.parametrize(("dtype", "align_tokens"), [(None, 1.0), (BF16, 1.0), (BF16, 0.5)], ids=str)
+def test_replays_are_the_steps_bit_for_bit(dtype: torch.dtype | None, align_tokens: float) -> None:
+    """Rate, decay, alignment weight and aligned tokens change at every step; what comes back stays what it was."""
     steps = make_pair(autocast_dtype=dtype)
     for step in steps:
-        step.loss_fn = SRA2Loss(schedule="linear", schedule_steps=12)
+        step.loss_fn = SRA2Loss(schedule="linear", schedule_steps=12, align_tokens=align_tokens)
     kept = []
     for seed in range(8):
         results = [step([make_batch(seed=seed)]) for step in steps]

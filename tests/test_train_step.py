@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def make_batch(size: int = 8, seed: int = 3) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, size, 4, 8, 8, generator=draw)
-    uniform = torch.rand(3, size, generator=draw)
+    uniform = torch.rand(4, size, generator=draw)
     return Batch(latents, torch.randint(10, (size,), generator=draw), noise, *uniform)
 
 

@@ -160,7 +160,7 @@ def make_batches(setting: Setting, with_images: bool, seed: int = 0) -> list[Bat
 
     def draw() -> Batch:
         latents, noise = torch.randn(2, b, channels, side, side, generator=generator)
-        uniform = torch.rand(3, b, generator=generator)
+        uniform = torch.rand(4, b, generator=generator)
         labels = torch.randint(0, config["num_classes"], (b,), generator=generator)
         images = torch.randint(0, 256, (b, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
         batch = Batch(latents, labels, noise, *uniform, images=images if with_images else None)

@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     time_uniform: torch.Tensor  # (B,) float32
     label_uniform: torch.Tensor  # (B,) float32; drop the label where it is < class_dropout_prob
     teacher_uniform: torch.Tensor  # (B,) float32
+    token_uniform: torch.Tensor  # (B,) float32; says which tokens are aligned, where not all of them are
     images: torch.Tensor | None = None  # (B, 3, H, W) uint8, where an encoder runs on them in every step
     features: torch.Tensor | None = None  # (B, N, F) float16 or float32, of an encoder, where the source has them
 
@@ -107,6 +108,7 @@ class _Steps(Dataset):
             uniform(Stream.TIME, self.seed, step, in_batch),
             uniform(Stream.LABEL, self.seed, step, in_batch),
             uniform(Stream.TEACHER, self.seed, step, in_batch),
+            uniform(Stream.TOKENS, self.seed, step, in_batch),
         )
         batch = Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
         if source.features is None:

@@ -1,4 +1,4 @@
-"""The random numbers of one batch: its times, noise, dropped labels and teacher gaps, from uniforms or a generator."""
+"""The random numbers of one batch: its times, noise, dropped labels, teacher gaps and aligned tokens."""
 
 from __future__ import annotations
 
@@ -14,3 +14,4 @@ class Draws(NamedTuple):
     noise: Tensor  # (B, C, H, W) like the latents
     label_drop: Tensor | None  # (B,) bool - labels replaced by the null label; None: none are
     teacher_gap: Tensor | None  # (B,) - how much earlier the teacher looks; None without a teacher
+    token_uniform: Tensor | None = None  # (B,) in (0, 1) - says which tokens are aligned; None: all of them

@@ -39,6 +39,8 @@ class SRA2Loss:
     schedule, schedule_steps: "constant", "linear" decay to 0, or "stop" at a step; the last two need `step=` at a call.
     teacher_depth: the teacher's block; None is 20 for a 28-block model, else twice the student's (at most the depth).
     teacher_gap: the teacher's time is clamp(t - u, 0, 1) with u uniform in [0, teacher_gap].
+    align_tokens: the share of each image's tokens, drawn anew for each call, that are projected and compared: an
+        unbiased alignment for that share of the head's products. Below 1 by PyTorch's own operators.
     reduction: "mean", or "none" for the losses of each sample, (B,), to weight them: their means are the losses of
         "mean". They come from PyTorch's own operators, not from the fused loss.
     Raises InputError for an unknown word or a value out of range.
@@ -57,6 +59,7 @@ class SRA2Loss:
         schedule_steps: int | None = None,
         teacher_depth: int | None = None,
         teacher_gap: float = recipe.TEACHER_GAP,
+        align_tokens: float = 1.0,
         reduction: str = "mean",
     ) -> None:
         self.path = "cosine" if path == "gvp" else path
@@ -65,6 +68,7 @@ class SRA2Loss:
         self.beta = beta
         self.schedule = Schedule(schedule, schedule_steps)
         self.teacher_depth, self.teacher_gap, self.reduction = teacher_depth, teacher_gap, reduction
+        self.align_tokens = align_tokens
         for name, words in (
             ("path", PATHS),
             ("time", TIMES),
@@ -79,6 +83,7 @@ class SRA2Loss:
             ("align_weight", 0 <= self.align_weight < math.inf, "zero or positive"),
             ("teacher_depth", teacher_depth is None or teacher_depth >= 1, "None or a block from 1"),
             ("teacher_gap", 0 <= teacher_gap <= 1, "in [0, 1]"),
+            ("align_tokens", 0 < align_tokens <= 1, "in (0, 1]"),
         ):
             if not is_right:
                 raise must_be("SRA2Loss", name, expected, getattr(self, name))
@@ -104,13 +109,14 @@ class SRA2Loss:
         time_uniform: Tensor | None = None,
         label_uniform: Tensor | None = None,
         teacher_uniform: Tensor | None = None,
+        token_uniform: Tensor | None = None,
     ) -> Draws:
         """What is random in a batch of latents (B, C, H, W), for `__call__`.
 
         class_dropout_prob: chance of dropping a label; 0 where none is dropped, as in evaluation.
         t, noise, label_drop, teacher_gap: kept where they are given.
         time_uniform, label_uniform, teacher_uniform: (B,) in (0, 1) that the others are made of, as the data loader
-            has them; None draws from torch's generator.
+            has them; None draws from torch's generator. token_uniform: likewise, for align_tokens below 1.
         """
         batch, device = latents.shape[0], latents.device
         if t is None:
@@ -122,7 +128,11 @@ class SRA2Loss:
             label_drop = uniform < class_dropout_prob
         if teacher_gap is None and self.has_teacher:
             teacher_gap = self.teacher_gap * (torch.rand_like(t) if teacher_uniform is None else teacher_uniform)
-        return Draws(t, noise, label_drop, teacher_gap)
+        if self.align is None or self.align_tokens == 1:
+            token_uniform = None
+        elif token_uniform is None:
+            token_uniform = torch.rand(batch, device=device)
+        return Draws(t, noise, label_drop, teacher_gap, token_uniform)
 
     def __call__(
         self,
@@ -134,6 +144,7 @@ class SRA2Loss:
         noise: Tensor | None = None,
         label_drop: Tensor | None = None,
         teacher_gap: Tensor | None = None,
+        token_uniform: Tensor | None = None,
         features: Tensor | None = None,
         teacher: nn.Module | None = None,
         step: int | None = None,
@@ -144,7 +155,8 @@ class SRA2Loss:
         model: a `SiT`, bare or wrapped by DDP, FSDP, torch.compile or peft; its input is taken to its own dtype.
         latents: (B, C, H, W) float32 (bfloat16 is taken to it) - clean latents z. labels: (B,) int64.
         t: (B,) - time; noise: like latents; label_drop: (B,) bool - labels replaced by the null label; teacher_gap:
-            (B,) - u above. `draws` fills what is None (labels are dropped only while the model trains).
+            (B,) - u above; token_uniform: (B,) in (0, 1) - which tokens. `draws` fills what is None (labels are dropped
+            only while the model trains).
         features: (B, N, F) - for target="features". teacher: the EMA copy - for target="teacher".
         step: the training step, for a schedule. align_weight: 0-d float32, lambda in place of the schedule's: what a
             captured step reads.
@@ -152,6 +164,7 @@ class SRA2Loss:
         Raises InputError naming the argument that is missing, superfluous or of the wrong shape.
         """
         given = {"t": t, "noise": noise, "label_drop": label_drop, "teacher_gap": teacher_gap}
+        given["token_uniform"] = token_uniform
         self._check(latents, {"labels": labels, **given}, {"features": features, "teacher": teacher})
         sit = unwrapped(model)
         if latents.dtype == torch.float64 != next(sit.parameters()).dtype:
@@ -175,7 +188,17 @@ class SRA2Loss:
                 x_t = _like_weights(x_t, teacher)
                 target_tokens = teacher(x_t, earlier, labels, force_drop_ids=keep_labels, return_hidden=block)
         terms = Terms(
-            latents, draws.noise, draws.t, self.path, self.align, weight, self.beta, target_tokens, self.reduction
+            latents,
+            draws.noise,
+            draws.t,
+            self.path,
+            self.align,
+            weight,
+            self.beta,
+            target_tokens,
+            self.reduction,
+            draws.token_uniform,
+            self.align_tokens,
         )
         x_t = interpolant(self.path, draws.t).mix(latents, draws.noise)
         return model(_like_weights(x_t, model), draws.t, labels, force_drop_ids=keep_labels, loss_inputs=terms)

@@ -15,6 +15,7 @@ from ..ops.alignment_velocity_loss import alignment_loss, velocity_loss
 from ..ops.alignment_velocity_loss import alignment_velocity_loss as _fused
 from ..ops.alignment_velocity_loss import eager as _eager
 from ..ops.patchify import patchify
+from .tokens import random_tokens, take_tokens
 
 
 class Terms:
@@ -25,6 +26,7 @@ class Terms:
     weight: lambda, a float, or a 0-d tensor where a schedule changes it.
     target_tokens: (B, N, F) features of an encoder or a teacher; None aligns with the latent itself.
     reduction: "mean", or "none" for the losses of each sample, which no kernel of ours computes.
+    token_uniform, align_tokens: (B,) and the share of the tokens that are aligned; None aligns them all.
 
     A plain class on purpose: FSDP's mixed precision casts every tensor that it finds in a dataclass, tuple or dict on
     the way into `forward`, and targets rounded to bf16 are other targets.
@@ -41,10 +43,13 @@ class Terms:
         beta: float,
         target_tokens: Tensor | None = None,
         reduction: str = "mean",
+        token_uniform: Tensor | None = None,
+        align_tokens: float = 1.0,
     ) -> None:
         self.latents, self.noise, self.t = latents, noise, t
         self.path, self.align, self.weight, self.beta = path, align, weight, beta
         self.target_tokens, self.reduction = target_tokens, reduction
+        self.token_uniform, self.align_tokens = token_uniform, align_tokens
 
     @property
     def needs_hidden(self) -> bool:
@@ -59,7 +64,7 @@ class Terms:
             velocity = velocity_loss(*batch, patch_size, self.path, self.reduction)
             return LossOutput(velocity, velocity.detach(), torch.zeros_like(velocity))
         head = model.alignment_head
-        is_one_op = self.target_tokens is None and self.reduction == "mean"
+        is_one_op = self.target_tokens is None and self.reduction == "mean" and self.token_uniform is None
         last = model.readable_last_projection() if is_one_op else None
         if isinstance(head, nn.Sequential) and last is not None:
             self._check_width(last.out_features, velocity_tokens.shape[-1])
@@ -69,11 +74,18 @@ class Terms:
         else:
             assert head is not None
             target = patchify(self.latents, patch_size) if self.target_tokens is None else self.target_tokens
+            every_token = hidden.shape[:2]
+            if self.token_uniform is not None:
+                chosen = random_tokens(self.token_uniform, hidden.shape[1], self.align_tokens)
+                hidden = take_tokens(hidden, chosen)
             projection = head(hidden)
             self._check_width(projection.shape[-1], target.shape[-1])
-            if projection.shape != target.shape:
-                expected = f"(B, N, projection_dim) = {tuple(projection.shape)}"
+            expected_shape = (*every_token, projection.shape[-1])
+            if target.shape != expected_shape:
+                expected = f"(B, N, projection_dim) = {expected_shape}"
                 raise must_be("SRA2Loss", "target tokens", expected, tuple(target.shape))
+            if self.token_uniform is not None:
+                target = take_tokens(target, chosen)
             velocity = velocity_loss(*batch, patch_size, self.path, self.reduction)
             align = alignment_loss(projection, target, self.align, self.beta, reduction=self.reduction)
         return LossOutput(velocity + self.weight * align, velocity.detach(), align.detach())

@@ -111,6 +111,7 @@ def build_loss(options: TrainOptions) -> SRA2Loss:
         schedule=options.align_schedule,
         schedule_steps=options.align_schedule_steps,
         teacher_depth=options.teacher_depth,
+        align_tokens=options.align_tokens,
     )
 
 

@@ -42,6 +42,7 @@ AT_LEAST_1 = Bound("at least 1", lambda value: value >= 1)
 FROM_0 = Bound("0 or more", lambda value: value >= 0)
 ABOVE_0 = Bound("above 0", lambda value: value > 0)
 SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+PART = Bound("above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Bound("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
 
 
@@ -110,6 +111,9 @@ class TrainOptions:
     align_schedule: Literal["constant", "linear", "stop"] = _option("constant", "of the weight")
     align_schedule_steps: int | None = _option(
         None, "where 'linear' reaches zero (default: --steps) or 'stop' stops", AT_LEAST_1
+    )
+    align_tokens: float = _option(
+        1.0, "share of each image's tokens that are aligned, drawn anew every step; below 1 a cheaper head", PART
     )
     beta: float = _option(recipe.BETA, "of smooth_l1")
     target: Literal["vae", "features", "teacher"] = _option(

@@ -159,6 +159,7 @@ class TrainStep:
             time_uniform=batch.time_uniform,
             label_uniform=batch.label_uniform,
             teacher_uniform=batch.teacher_uniform,
+            token_uniform=batch.token_uniform,
         )
         with self.autocast():
             features = None if batch.features is None else batch.features.float()
