@@ -27,7 +27,7 @@ from sra2_fast.train.loop import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from align_tokens_gradient import compare, gradients  # noqa: E402
+from align_tokens_gradient import compare, gradients
 
 RECORDED = [[0, 2, 8, 13], [1, 6, 9, 14]]
 
