@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_sampled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "samples"
     sample(run, out, *GUIDED)

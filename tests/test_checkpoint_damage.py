@@ -26,6 +26,8 @@ from sra2_fast.errors import InputError
 from sra2_fast.schemas import Damaged
 from sra2_fast.train.loop import train
 
+pytestmark = pytest.mark.training
+
 
 def save(folder: Path, step: int) -> Path:
     weights = {"w": torch.randn(4, 3), "b": torch.randn(3)}

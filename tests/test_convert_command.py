@@ -21,6 +21,8 @@ from sra2_fast.cli import main
 from sra2_fast.compat import repa
 from sra2_fast.train import train
 
+pytestmark = pytest.mark.training
+
 OF_SRA = {"model": "24,3,3,2", "target": "teacher", "align_depth": 2, "label_dropout": 0.1, "num_classes": 10}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from sra2_fast import backends, cli
+from sra2_fast import backends, cli, info
 from sra2_fast.ops import adamw_ema  # noqa: F401  (registers its operators)
 from sra2_fast.ops.registry import ADAPTERS
 
@@ -264,10 +264,11 @@ def test_the_number_of_the_operators_is_raised_with_their_schemas():
 def test_info_prints_everything_status_knows(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    for name, value in backends.status().items():
+    known = {**backends.status(), **info.measured()}
+    for name, value in known.items():
         assert name in printed and value in printed
     assert cli.main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == backends.status()
+    assert json.loads(capsys.readouterr().out) == known
 
 
 def test_ops_without_the_extension_are_eager(tmp_path):

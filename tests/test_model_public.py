@@ -75,7 +75,8 @@ def test_the_parts_of_a_repa_model_have_them_too() -> None:
     randomise(model)
     inputs = batch_for(model)
     got, want = public_forward(model, *inputs), model(*inputs)[0]
-    assert relative_error(got.detach(), want.detach())[0] <= allowed(torch.float32, 6)
+    # Two roundings where a branch is added, four times: the tap closes the stream in the next norm's kernel.
+    assert relative_error(got.detach(), want.detach())[0] <= allowed(torch.float32, 8)
 
 
 def test_label_dropout_is_the_public_one() -> None:

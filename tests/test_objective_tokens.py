@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from align_tokens_gradient import compare, gradients
 
+pytestmark = pytest.mark.training
+
 RECORDED = [[0, 2, 8, 13], [1, 6, 9, 14]]
 
 

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from sra2_fast.kernels import cublaslt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra2_fast import backends, ops
@@ -96,6 +97,7 @@ def test_what_runs_without_kernels_is_said_with_the_reason(monkeypatch: pytest.M
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(backends, "_why_not_importable", lambda name: "not installed")
     monkeypatch.setattr(backends, "_load_extension", lambda kind: (True, "loaded"))
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
     assert backends.without_kernels("cpu") == ""
     assert backends.without_kernels("cuda") == "alignment_velocity_loss, adamw_ema (triton: not installed)"
     monkeypatch.setattr(backends, "_load_extension", lambda kind: (False, "not built"))

@@ -18,6 +18,8 @@ from sra2_fast.prepare.encode import EncodeOptions, shard_jobs
 from sra2_fast.prepare.listing import list_images
 from sra2_fast.vae.autoencoder import encode, load_vae, start_encoding
 
+pytestmark = pytest.mark.training
+
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("diffusers")
 pytest_plugins = ["photos"]

@@ -221,13 +221,13 @@ def test_a_vae_of_other_channels_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_folder_of_something_else_is_left_as_it_is(
-    run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, whole_sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = contents(whole)
+    before = contents(whole_sampled)
     match = r"holds other samples \(seed 0 -> 3; cfg_scale 2\.0 -> 1\.0; .*\); give the same options, or choose another"
-    refused(capsys, command(run, whole, "--seed", "3"), match)
-    assert contents(whole) == before
-    own = Path(shutil.copytree(whole, tmp_path / "own"))
+    refused(capsys, command(run, whole_sampled, "--seed", "3"), match)
+    assert contents(whole_sampled) == before
+    own = Path(shutil.copytree(whole_sampled, tmp_path / "own"))
     for text, match in (
         ("{", r"sample\.json is damaged; choose another --out"),
         (json.dumps({"format": 99, "plan": {}}), r"written by a newer sra2_fast \(format 99\); upgrade sra2_fast"),
@@ -239,16 +239,18 @@ def test_a_folder_of_something_else_is_left_as_it_is(
     refused(capsys, command(run, Path("/dev/null/out")), r"cannot write into /dev/null/out \(Not a directory\)")
 
 
-def test_two_processes_do_not_share_a_folder(run: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_do_not_share_a_folder(
+    run: Path, whole_sampled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is nobody's mistake: the exit code says that the same command may go on later."""
-    with open(whole / ".lock", "w") as lock:
+    with open(whole_sampled / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         match = r"--out .* is in use by another process; choose another folder"
-        refused(capsys, command(run, whole), match, EXIT_TEMPORARY)
+        refused(capsys, command(run, whole_sampled), match, EXIT_TEMPORARY)
 
 
 def test_a_full_disk_keeps_the_images(
-    run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, whole_sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     read = SampleFolder.read_image
@@ -263,7 +265,7 @@ def test_a_full_disk_keeps_the_images(
         patch.setattr(SampleFolder, "read_image", full)
         refused(capsys, words, r"samples\.npz cannot be written \(No space left on device\); make room, then run the")
     assert len(list((out / "images").iterdir())) == COUNT and not list(out.glob("*npz*"))
-    assert main(words) == 0 and contents(out) == contents(whole)
+    assert main(words) == 0 and contents(out) == contents(whole_sampled)
 
 
 def test_out_of_memory_says_what_to_lower(

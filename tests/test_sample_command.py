@@ -44,22 +44,22 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
-def test_it_writes_images_a_grid_and_the_arrays_of_the_adm_suite(whole: Path) -> None:
-    found = arrays(whole)
+def test_it_writes_images_a_grid_and_the_arrays_of_the_adm_suite(whole_sampled: Path) -> None:
+    found = arrays(whole_sampled)
     assert found["arr_0"].shape == (COUNT, 8, 8, 3) and found["arr_0"].dtype == np.uint8
     assert found["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert sorted(path.name for path in (whole / "images").iterdir()) == [f"{i:06d}.png" for i in range(COUNT)]
+    assert sorted(path.name for path in (whole_sampled / "images").iterdir()) == [f"{i:06d}.png" for i in range(COUNT)]
     for index, image in enumerate(found["arr_0"]):
-        assert np.array_equal(png(whole / "images" / f"{index:06d}.png"), image)
+        assert np.array_equal(png(whole_sampled / "images" / f"{index:06d}.png"), image)
     assert len({image.tobytes() for image in found["arr_0"]}) == COUNT
-    assert png(whole / "grid.png").shape == (68, 7 * 68, 3)
+    assert png(whole_sampled / "grid.png").shape == (68, 7 * 68, 3)
 
 
-def test_the_images_are_the_samplers(run: Path, whole: Path) -> None:
+def test_the_images_are_the_samplers(run: Path, whole_sampled: Path) -> None:
     labels = torch.arange(COUNT)
     guided: dict[str, Any] = {"steps": 4, "cfg_scale": 2.0, "guidance_interval": (0.1, 0.8)}
     made = sample_ode(model_of(run), noise_of(list(range(COUNT))), labels, **guided)
-    assert difference(grey(made), arrays(whole)["arr_0"]) <= ROUNDED
+    assert difference(grey(made), arrays(whole_sampled)["arr_0"]) <= ROUNDED
 
 
 def test_the_sde_draws_by_image_and_step(run: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", range(11))
 def test_killed_at_any_write_it_ends_with_the_same_bytes(
-    run: Path, whole: Path, tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+    run: Path, whole_sampled: Path, tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each rename of a file into place: the plan, seven images, the grid and the arrays; and after them."""
     left = moment
@@ -128,7 +128,7 @@ def test_killed_at_any_write_it_ends_with_the_same_bytes(
         else:
             assert main(command(run, out, *GUIDED)) == 0
     assert main(command(run, out, *GUIDED)) == 0
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(whole_sampled)
 
 
 @pytest.mark.slow
@@ -152,23 +152,23 @@ def test_kill_9_costs_the_images_under_way(run: Path, tmp_path: Path, root: Path
 
 
 def test_a_complete_folder_draws_nothing(
-    run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, whole_sampled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = contents(whole)
+    before = contents(whole_sampled)
     monkeypatch.setattr("sra2_fast.sample.draw.sample_ode", None)
-    assert main(command(run, whole, *GUIDED)) == 0
-    assert "already complete" in capsys.readouterr().out and contents(whole) == before
+    assert main(command(run, whole_sampled, *GUIDED)) == 0
+    assert "already complete" in capsys.readouterr().out and contents(whole_sampled) == before
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
 def test_an_image_that_is_gone_or_cut_short_is_drawn_again(
-    run: Path, whole: Path, tmp_path: Path, harm: Callable[[Path], object]
+    run: Path, whole_sampled: Path, tmp_path: Path, harm: Callable[[Path], object]
 ) -> None:
     out = tmp_path / "out"
     sample(run, out, *GUIDED)
     harm(out / "images" / "000004.png")
     sample(run, out, *GUIDED)
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(whole_sampled)
 
 
 def test_more_images_are_added_to_those_that_are_there(run: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_labels_are_balanced_random_or_given(run: Path, tmp_path: Path) -> None:
     assert arrays(tmp_path / "longer")["arr_1"][:12].tolist() == found["random"]
 
 
-def test_trained_weights_are_others_than_averaged_ones(run: Path, whole: Path, tmp_path: Path) -> None:
+def test_trained_weights_are_others_than_averaged_ones(run: Path, whole_sampled: Path, tmp_path: Path) -> None:
     made = sample(run, tmp_path / "a", "--weights", "model")
     labels = torch.arange(COUNT)
     expected = sample_ode(model_of(run, "model"), noise_of(list(range(COUNT))), labels, steps=4)
@@ -251,7 +251,7 @@ def test_the_bar_has_images_a_second(run: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_ctrl_c_says_how_to_go_on(
-    run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, whole_sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sra2_fast.sample.draw import ImageDrawer
 
@@ -267,4 +267,4 @@ def test_ctrl_c_says_how_to_go_on(
         assert main(command(run, tmp_path / "a", *GUIDED)) == 130
     assert f"interrupted with {BATCH} of {COUNT} images there; run the same command again" in capsys.readouterr().err
     sample(run, tmp_path / "a", *GUIDED)
-    assert contents(tmp_path / "a") == contents(whole)
+    assert contents(tmp_path / "a") == contents(whole_sampled)

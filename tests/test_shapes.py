@@ -18,6 +18,8 @@ from sra2_fast.layers.patch_embedding import sincos_positions
 from sra2_fast.ops.patchify import patchify, unpatchify
 from sra2_fast.train import train
 
+pytestmark = pytest.mark.training
+
 SHAPES = {  # (C, H, W), patch
     "wide": ((4, 8, 16), 2),
     "tall": ((4, 12, 4), 4),

@@ -27,7 +27,7 @@ def test_a_step_reads_nothing_on_the_host(row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "read", [float, bool, torch.nonzero, torch.Tensor.tolist], ids=["float", "bool", "nonzero", "tolist"]
+    "read", [float, bool, torch.nonzero, torch.Tensor.item], ids=["float", "bool", "nonzero", "item"]
 )
 def test_a_read_would_be_noticed(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Terms.evaluate
