@@ -78,7 +78,7 @@ def kernels(plan: Plan) -> list[Part]:
     return [
         *parts,
         Part("extension and optimizer tests", plan.gpu_tests("gpu_extension", "gpu_optim"), 100),
-        Part("attention tests", plan.gpu_tests("gpu_attention"), 80),
+        Part("attention and product tests", plan.gpu_tests("gpu_attention", "gpu_linear"), 110),
         Part("step, trainer and prepare tests", plan.gpu_tests("gpu_step", "gpu_train", "gpu_prepare"), 150),
         Part("timer tests", plan.gpu_tests("gpu_timing", is_alone=True), 60),
     ]
