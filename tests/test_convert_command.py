@@ -250,7 +250,8 @@ def test_options_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.Captur
     file, _ = write_public(tmp_path, "repa")
     heads = ("--num-heads", 3)
     out = ("--out", tmp_path / "run")
-    assert "2 blocks of width 24 are no public size, so say the heads (--num-heads)" in complaint(capsys, file, *out)
+    told = complaint(capsys, file, *out)
+    assert "2 blocks of width 24 are no public size, so say the heads (sra2-fast convert --num-heads)" in told
     for heads_given, words in (
         (5, "hidden_size must be divisible by num_heads = 5"),
         (0, "num_heads must be a positive"),

@@ -128,7 +128,8 @@ def _num_heads(state: Mapping[str, Tensor], depth: int, hidden: int, told: Told,
     heads = hidden // len(norm) if norm is not None else _HEADS.get((depth, hidden))
     heads = heads if told.num_heads is None else told.num_heads
     if heads is None:
-        raise InputError(f"{op}: {depth} blocks of width {hidden} are no public size, so say the heads (--num-heads)")
+        how = "say the heads (sra2-fast convert --num-heads)"
+        raise InputError(f"{op}: {depth} blocks of width {hidden} are no public size, so {how}")
     return heads
 
 
