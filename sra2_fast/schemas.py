@@ -3,7 +3,6 @@
     index.json    of a folder of latents (data/layouts/shards.py)
     features.json of features beside latents (data/layouts/feature_shards.py)
     state.json    of a checkpoint (checkpoints/training.py)
-    dataset.json  of REPA and SRA (data/layouts/vae_sd.py)
     choices.json  of the user's cache folder (choices.py)
 
 A file of ours also proves itself: its entry `seal` is the SHA-256 of all its others, so that a digit or a letter that
@@ -33,7 +32,6 @@ Text = Annotated[str, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0, le=2**48)]
 Size = Annotated[int, Strict(), Field(ge=1, le=2**20)]
 Classes = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
-Label = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
 Sha256 = Annotated[str, Strict(), Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Strict(), Field(pattern=r"^[^/\\\x00]{1,255}$")]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -147,12 +145,6 @@ class Choices(BaseModel):
 
     format: Literal[1]
     choices: dict[Text, Measured]
-
-
-class LabelledFiles(BaseModel):
-    """dataset.json of REPA and SRA."""
-
-    labels: list[tuple[Text, Label]] | None
 
 
 T = TypeVar("T")

@@ -68,6 +68,34 @@ def normalise_as_measured(source: LatentSource, why: str) -> None:
     source.notes = [*source.notes, f"{why}: every channel is brought to mean 0 and standard deviation 1 as measured"]
 
 
+Told = tuple[Numbers | None, Numbers | None]  # the user's scale and shift
+
+
+def normalise_as_recorded(source: LatentSource, stats: Path, told: Told, mean: str, **names: str) -> None:
+    """Set shift and scale from a file of statistics (`read_statistics`).
+
+    Raises InputError where the user gives one too: file and options would contradict each other.
+    """
+    if any(one is not None for one in told):
+        raise InputError(
+            f"data: {stats} records the normalisation; leave out --latent-scale and --latent-shift, or move it"
+        )
+    source.shift, source.scale = read_statistics(stats, mean, source.shape[0], **names)
+
+
+def normalise_as_recorded_or_measured(
+    source: LatentSource, stats: Path, told: Told, missing: str, mean: str, **names: str
+) -> None:
+    """As recorded where the file is there, else as the user says, else as measured; missing: why, for the note."""
+    scale, shift = told
+    if stats.is_file():
+        normalise_as_recorded(source, stats, told, mean, **names)
+    elif any(one is not None for one in told):
+        normalise(source, 1.0 if scale is None else scale, shift)
+    else:
+        normalise_as_measured(source, missing)
+
+
 def read_statistics(path: Path, mean: str, channels: int, **names: str) -> tuple[np.ndarray, np.ndarray]:
     """Shift and scale, (C,) float32 each, of a .pt file of two tensors: `mean`, and `scale=` or `std=` NAME.
 

@@ -6,7 +6,7 @@ objective can be computed inside `forward` (`loss_inputs`), because DDP and FSDP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -148,12 +148,15 @@ class SiT(HubModel, nn.Module):
         """What the tokens of block `align_depth` go through before they are compared; None in a plain SiT."""
         return self.projector
 
-    def float32_gradients(self) -> list[Tensor]:
-        """Parameters whose gradient is a float32 sum also under autocast, where others' is a bf16 product or sum."""
+    def float32_gradients(self) -> Iterator[Tensor]:
+        """Parameters whose gradient is a float32 sum also under autocast, where others' is a bf16 product or sum.
+
+        Found while they are read: every step offers them to the optimizer, and only the first one looks.
+        """
         last = self.readable_last_projection()
         layers: list[Any] = [*self.blocks, self.final_layer]
         heads = [layer.adaLN_modulation for layer in layers if hasattr(layer, "adaLN_modulation")]
-        return [*adaln_biases(heads), *(last.parameters() if last is not None else ())]
+        yield from (*adaln_biases(heads), *(last.parameters() if last is not None else ()))
 
     def readable_last_projection(self) -> nn.Linear | None:
         """The head's last Linear where its weights may be read instead of calling the head, None where not."""

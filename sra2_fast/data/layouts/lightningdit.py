@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...errors import InputError
-from ..normalisation import Numbers, normalise, normalise_as_measured, read_statistics
+from ..normalisation import Numbers, normalise_as_recorded_or_measured
 from ..source import LatentSource, digest
 from .npy_files import one_line
 from .shards import SHARD_PATTERN
@@ -65,7 +65,8 @@ class LightningDiTSource(LatentSource):
             self._check_labels()
         self.num_classes = int(self._labels.max()) + 1
         self.notes = []
-        self._normalise(latent_scale, latent_shift)
+        stats, told = path / STATS_FILE, (latent_scale, latent_shift)
+        normalise_as_recorded_or_measured(self, stats, told, f"{stats} is missing", "mean", std="std")
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) -> values (n, C, H, W) float32, labels (n,) int64."""
@@ -88,19 +89,6 @@ class LightningDiTSource(LatentSource):
     def fingerprint(self) -> str:
         """Of all labels, and of a sample of the values."""
         return digest(super().fingerprint(), self._labels)
-
-    def _normalise(self, scale: Numbers | None, shift: Numbers | None) -> None:
-        stats, is_told = self.folder / STATS_FILE, scale is not None or shift is not None
-        if stats.is_file() and is_told:
-            raise InputError(
-                f"data: {stats} records the normalisation; leave out --latent-scale and --latent-shift, or move it"
-            )
-        if stats.is_file():
-            self.shift, self.scale = read_statistics(stats, "mean", self.shape[0], std="std")
-        elif is_told:
-            normalise(self, 1.0 if scale is None else scale, shift)
-        else:
-            normalise_as_measured(self, f"{stats} is missing")
 
     def _check_labels(self) -> None:
         bad = np.flatnonzero((self._labels < 0) | (self._labels >= 2**31))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..normalisation import Numbers, normalise, normalise_as_measured, read_statistics
+from ..normalisation import Numbers, normalise_as_recorded_or_measured
 from ..source import LatentSource, digest
 from .npy_files import SUFFIX, one_line
 from .vae_sd import LABELS_FILE, STATS_SUFFIX, labels_of
@@ -66,7 +66,9 @@ class RepaESource(LatentSource):
             raise InputError(f"data: {self.describe(0)} must hold [mean, std], got {channels} channels")
         self.shape = (channels // 2, height, width)
         self.notes = []
-        self._normalise(latent_scale, latent_shift)
+        stats = self.path.with_name(self.path.stem + STATS_SUFFIX)
+        told, missing = (latent_scale, latent_shift), f"{stats} is missing (it lies beside REPA-E's autoencoder)"
+        normalise_as_recorded_or_measured(self, stats, told, missing, "latents_bias", scale="latents_scale")
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices: (n,) -> [mean, std] (n, 2C, H, W) float32, labels (n,) int64."""
@@ -85,19 +87,6 @@ class RepaESource(LatentSource):
     def fingerprint(self) -> str:
         """Of all names and labels, and of the values of a sample."""
         return digest(super().fingerprint(), "\n".join(self._keys), self._labels)
-
-    def _normalise(self, scale: Numbers | None, shift: Numbers | None) -> None:
-        stats, is_told = self.path.with_name(self.path.stem + STATS_SUFFIX), scale is not None or shift is not None
-        if stats.is_file() and is_told:
-            raise InputError(
-                f"data: {stats} records the normalisation; leave out --latent-scale and --latent-shift, or move it"
-            )
-        if stats.is_file():
-            self.shift, self.scale = read_statistics(stats, "latents_bias", self.shape[0], scale="latents_scale")
-        elif is_told:
-            normalise(self, 1.0 if scale is None else scale, shift)
-        else:
-            normalise_as_measured(self, f"{stats} is missing (it lies beside REPA-E's autoencoder)")
 
     def _read_labels(self) -> dict[str, int]:
         try:

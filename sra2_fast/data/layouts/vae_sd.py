@@ -28,7 +28,7 @@ from ..normalisation import (
     SD_SCALING_FACTOR,
     Numbers,
     normalise,
-    read_statistics,
+    normalise_as_recorded,
 )
 from .npy_files import SUFFIX, NpyFolderSource
 
@@ -76,11 +76,7 @@ class VaeSdSource(NpyFolderSource):
     def _normalise(self, scale: Numbers | None, shift: Numbers | None) -> None:
         stats = _statistics_file(self.folder)
         if stats is not None:
-            if scale is not None or shift is not None:
-                raise InputError(
-                    f"data: {stats} records the normalisation; leave out --latent-scale and --latent-shift, or move it"
-                )
-            self.shift, self.scale = read_statistics(stats, "latents_bias", self.shape[0], scale="latents_scale")
+            normalise_as_recorded(self, stats, (scale, shift), "latents_bias", scale="latents_scale")
         else:
             normalise(self, self._assumed_scale() if scale is None else scale, shift)
 
